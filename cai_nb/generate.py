@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Reply', 'LM', 'flag_reply', 'LocalLM']
 
-# %% ../nbs/04_generate.ipynb #7ed14d37
+# %% ../nbs/04_generate.ipynb #1b896494
 import hashlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -108,13 +109,58 @@ def _text_stop(tokenizer) -> _TextStop | None:
         known = _text_stops[tokenizer] = _TextStop(tokenizer, texts)
     return known if texts else None
 
-# %% ../nbs/04_generate.ipynb #8c152b71
+# %% ../nbs/04_generate.ipynb #c180de13
 def _pad_left(prompts: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     "Token ids and mask [B, longest], prompts flush right."
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     return ids, (torch.arange(width, device=device) >= width - lengths[:, None]).long()
+
+
+def _logits(model, ids, mask, position, cache, **kwargs) -> torch.Tensor:
+    "One forward pass on a cache, which it extends. Newer transformers call that argument `cache`."
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
+    return model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, **{name: cache}, **kwargs).logits
+
+
+def _roomy_cache(model, room: int):
+    "A key-value cache whose full-attention layers have room for `room` more tokens, so that a step copies nothing."
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    class RoomyLayer(DynamicLayer):
+        def update(self, key_states, value_states, *args, **kwargs):
+            if not self.is_initialized:
+                self.lazy_initialization(key_states, value_states)
+                self.buffers = None
+            old, new = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
+            if self.buffers is None or new > self.buffers[0].shape[-2]:
+                shape = (*key_states.shape[:2], new + room)
+                fresh = [x.new_empty(*shape, x.shape[-1]) for x in (key_states, value_states)]
+                if old:
+                    fresh[0][..., :old, :], fresh[1][..., :old, :] = self.keys, self.values
+                self.buffers = fresh
+            for buffer, states in zip(self.buffers, (key_states, value_states)):
+                buffer[..., old:new, :] = states
+            self.keys, self.values = (buffer[..., :new, :] for buffer in self.buffers)
+            return self.keys, self.values
+
+        def batch_select_indices(self, indices):
+            self._rearranged(lambda x: x[indices])
+
+        def batch_repeat_interleave(self, repeats):
+            self._rearranged(lambda x: x.repeat_interleave(repeats, 0))
+
+        def _rearranged(self, how):
+            length = self.get_seq_length()
+            self.buffers = [how(buffer) for buffer in self.buffers]
+            self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
+
+    cache = DynamicCache(config=model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 class _Decoding:
@@ -134,9 +180,7 @@ class _Decoding:
 
     def run(self) -> Iterator[None]:
         "Advance every unfinished row by one token per step."
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=self.model.config)
+        cache = _roomy_cache(self.model, self.steps)
         position = self.mask.cumsum(-1) - 1
         logits = self._forward(self.ids, self.mask, position.clamp(min=0), cache, self.adapters)
         position = position[:, -1:]
@@ -172,9 +216,7 @@ class _Decoding:
 
     def _forward(self, ids, mask, position, cache, adapters) -> torch.Tensor:
         names = {"adapter_names": adapters} if adapters else {}
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
-                         logits_to_keep=1, **names)
-        return out.logits[:, -1]
+        return _logits(self.model, ids, mask, position, cache, logits_to_keep=1, **names)[:, -1]
 
 # %% ../nbs/04_generate.ipynb #5618cc91
 _locks = WeakKeyDictionary()
@@ -197,7 +239,7 @@ def _evaluating(model):
         for m in training:
             m.training = True
 
-# %% ../nbs/04_generate.ipynb #c139dc0b
+# %% ../nbs/04_generate.ipynb #eb430e51
 @dataclass(frozen=True, eq=False)
 class LocalLM:
     "A transformers model behind the `LM` seam, with its own decoding loop."
@@ -297,14 +339,10 @@ class LocalLM:
 
     def _score(self, prompts: list[list[int]], answers: list[list[int]], shared: int) -> np.ndarray:
         "One pass over prompt and shared beginning; then only what differs, on the same cache."
-        from transformers import DynamicCache
-
         ids, mask = _pad_left([p + answers[0][:shared] for p in prompts], self.pad, self.model.device)
         position = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
-        out = self.model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
-                         logits_to_keep=shared + 1)
-        logp = out.logits[:, -shared - 1:].float().log_softmax(-1)
+        cache = _roomy_cache(self.model, max(map(len, answers)))
+        logp = _logits(self.model, ids, mask, position, cache, logits_to_keep=shared + 1)[:, -shared - 1:].float().log_softmax(-1)
         total = sum((logp[:, k, answers[0][k]] for k in range(shared)), logp.new_zeros(len(prompts))).double()
         total = total[:, None].repeat(1, len(answers))
         first = torch.tensor([a[shared] if len(a) > shared else -1 for a in answers], device=ids.device)
@@ -316,8 +354,7 @@ class LocalLM:
             tail = torch.tensor([(r + [self.pad] * longest)[:longest] for r in rest], device=ids.device).repeat(len(prompts), 1)
             mask = torch.cat([mask.repeat_interleave(len(answers), 0), mask.new_ones(len(tail), longest)], 1)
             position = position[:, -1:].repeat_interleave(len(answers), 0) + 1 + torch.arange(longest, device=ids.device)
-            out = self.model(input_ids=tail, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True)
-            logp = out.logits.float().log_softmax(-1).view(len(prompts), len(answers), longest, -1)
+            logp = _logits(self.model, tail, mask, position, cache).float().log_softmax(-1).view(len(prompts), len(answers), longest, -1)
             for c, r in enumerate(rest):
                 for k, token in enumerate(r[1:]):
                     total[:, c] += logp[:, c, k, token]
