@@ -1,0 +1,56 @@
+# make demo   set up .venv, run the whole method on the embedded model, open the app     (CPU, about ten minutes)
+# make test   set up .venv with the tools, then every check, notebook and test
+# The rest: make export, outputs, mini, bench, clean. PYTHON, PIP_ARGS and RUN can be given: make demo PYTHON=python3.12
+
+PYTHON ?= python3
+PIP_ARGS ?=
+RUN ?= runs/mini
+BIN := .venv/bin
+NOTEBOOKS = $(sort $(filter-out %checkpoint.ipynb,$(wildcard nbs/*.ipynb nbs/*/*.ipynb)))
+QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False MPLBACKEND=Agg \
+	TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+
+.PHONY: demo test export outputs mini bench clean
+
+demo: .venv/.ready
+	$(BIN)/cai-nb run mini --out $(RUN)
+	$(BIN)/cai-nb app $(RUN)
+
+test: .venv/.ready-dev
+	$(QUIET) $(BIN)/python -m pytest -q tests/test_house.py
+	$(QUIET) $(BIN)/nbdev-test --n-workers 2 --timing
+	$(QUIET) $(BIN)/python -m pytest -q --ignore tests/test_house.py tests
+
+export: .venv/.ready-dev
+	$(BIN)/nbdev-clean
+	$(BIN)/nbdev-export
+
+# Runs the notebooks in order and stores what they print, or only some: make outputs NOTEBOOKS=nbs/05_critique.ipynb
+outputs: .venv/.ready-dev
+	set -e; for nb in $(NOTEBOOKS); do \
+		$(QUIET) $(BIN)/python -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 $$nb; \
+	done
+	$(BIN)/nbdev-clean
+
+mini: .venv/.ready
+	$(BIN)/python -m cai_nb.mini.pretrain
+	$(BIN)/python -m cai_nb.mini.gate
+
+bench: .venv/.ready-dev
+	set -e; for script in $(sort $(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+# Set-up is done once; it is done again when what it depends on has changed.
+SETUP := setup.py settings.ini pyproject.toml constraints.txt
+
+.venv/.ready: $(SETUP)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e .
+	touch $@
+
+.venv/.ready-dev: $(SETUP)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[dev,eval,endpoint]"
+	touch .venv/.ready $@
