@@ -43,7 +43,7 @@ def hardware() -> Hardware:
         return Hardware("mps", "float32", None, "Apple GPU: float32, because bitsandbytes' NF4 kernels need another backend")
     return Hardware("cpu", "float32", None, "no GPU: float32, which a CPU computes fastest and which makes runs repeatable")
 
-# %% ../nbs/03_model.ipynb #7d80a76a
+# %% ../nbs/03_model.ipynb #21092d9d
 def load_model(
     name: str | Path,  # "mini" (embedded), a folder, or a hub id
     quantization: str | None = None,  # "nf4", or None for full weights
@@ -73,6 +73,7 @@ def load_model(
                        "(expected 'mini', a folder with config.json and safetensors, or a hub id that can be reached)") from error
     if quantization is None:
         model.to(device)
+    model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = str(name)  # what adapters write down as their base
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
