@@ -14,12 +14,11 @@ from cai_nb.critique import (
     draw_principles,
     few_shot_messages,
     is_meta_talk,
-    read_reply,
     revision_request,
     revisions,
-    sample_replies,
 )
 from cai_nb.generate import Reply
+from cai_nb.replies import read_reply, sample_replies
 
 SIXTEEN = Constitution(
     "sixteen", tuple(Principle(f"p{i}", critique=f"Is it {i}?", revision=f"Make it not {i}.") for i in range(16))

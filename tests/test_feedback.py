@@ -9,20 +9,16 @@ import numpy as np
 import pytest
 from scripted import Killed, ScriptedLM, prompt, resumes_identically
 
-from cai_nb.constitution import CaiError, Constitution, Principle
-from cai_nb.feedback import (
+from cai_nb.comparison import (
     FEW_SHOT,
-    clamp_label,
     comparison_context,
     comparison_text,
     draw_comparisons,
     few_shot_messages,
-    label_preferences,
-    position_bias,
-    sample_pairs,
-    soft_label,
     verdict_context,
 )
+from cai_nb.constitution import CaiError, Constitution, Principle
+from cai_nb.feedback import clamp_label, label_preferences, position_bias, sample_pairs, soft_label
 from cai_nb.generate import Reply
 
 SIXTEEN = Constitution("sixteen", tuple(Principle(f"c{i}", comparison=f"Which is less {i}?") for i in range(16)))
