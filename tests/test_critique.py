@@ -2,6 +2,10 @@
 
 import random
 import re
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 from scripted import Killed, ScriptedLM, prompt, resumes_identically, word_of
@@ -112,6 +116,33 @@ def test_killed_within_a_batch_and_resumed(tmp_path):
         resumed = ScriptedLM()
         assert work(out, resumed) == rows and out.read_bytes() == whole
         assert resumed.calls == 15 - 5 * ((die_at - 1) // 5)  # what was stored is not done again
+
+
+CHILD = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from scripted import ScriptedLM, word_of
+from test_critique import PROMPTS, SIXTEEN
+from cai_nb.critique import critique_revise
+slowly = lambda conversation, seed: time.sleep(0.05) or word_of(conversation, seed)
+critique_revise(ScriptedLM(slowly), PROMPTS, SIXTEEN, n_revisions=2, batch_size=2, out={out!r})
+"""
+
+
+def test_a_process_killed_by_the_system_leaves_a_file_to_resume(tmp_path):
+    whole = critique_revise(ScriptedLM(), PROMPTS, SIXTEEN, n_revisions=2, batch_size=2, out=tmp_path / "whole.jsonl")
+    out = tmp_path / "chains.jsonl"
+    code = CHILD.format(tests=str(Path(__file__).parent), out=str(out))
+    child = subprocess.Popen([sys.executable, "-c", code])
+    for _ in range(6000):
+        if out.exists() or child.poll() is not None:
+            break
+        time.sleep(0.01)
+    child.kill()
+    child.wait()
+    assert 0 < out.stat().st_size < (tmp_path / "whole.jsonl").stat().st_size
+    assert critique_revise(ScriptedLM(), PROMPTS, SIXTEEN, n_revisions=2, batch_size=2, out=out) == whole
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def test_a_finished_file_asks_the_model_nothing(tmp_path):
