@@ -61,13 +61,13 @@ def coverage(lm, kind: str, n_words: int, n: int = 240, seed: int = 0, split: st
     logp = lm.choice_logprobs(contexts, ["Yes", "No"])
     return auc(logp[:, 0] - logp[:, 1], [c["applies"] for c in rows])
 
-# %% ../../nbs/mini/05_gate.ipynb #6eff84a4
+# %% ../../nbs/mini/05_gate.ipynb #02ad9d7f
 def critiques(lm, kind: str, n_words: int, n: int = 240, seed: int = 0, split: str = "test", general: bool = False) -> dict:
     "Rates of right critiques and right revisions, where the principle applies and where it does not"
     rows = cases(kind, n, n_words, seed, split, general)
     asked = [critique_request(c["messages"], principle(c["words"])) for c in rows]
     texts = [r[0].text for r in lm.sample(asked, max_new_tokens=48, seed=seed)]
-    again = [revision_request(a, t, principle(c["words"])) for a, t, c in zip(asked, texts, rows)]
+    again = [revision_request(c["messages"], principle(c["words"]), t) for t, c in zip(texts, rows)]
     revised = [r[0].text for r in lm.sample(again, max_new_tokens=64, seed=seed)]
     right = [t == lessons.critique(c["topic"], "comply", c["words"]) for t, c in zip(texts, rows)]
     verdicts = [oracle.judge(c["prompt"], r).kind for c, r in zip(rows, revised)]

@@ -6,11 +6,11 @@
 __all__ = ['KINDS_OF_PROMPT', 'SORTS', 'STYLES', 'Topic', 'split_of', 'topics', 'by_text', 'select', 'ask', 'prompts', 'answer',
            'faults', 'list_words', 'badness', 'preference', 'helpful_comparisons']
 
-# %% ../../nbs/mini/01_world.ipynb #2134984a
+# %% ../../nbs/mini/01_world.ipynb #195d8755
 import hashlib, random
 from dataclasses import dataclass
 from functools import lru_cache
-from ..data import row_id
+from ..rows import row_id
 from .lexicon import (COMPLY, DETERMINERS, DOMAINS, EVASIVE, GENERAL, HELD_OUT_KIND, KINDS, LOOK_ALIKES, OBJECT,
                                  PHRASINGS, PLAIN_TOOLS, PREACHY, Domain, Kind)
 
@@ -77,7 +77,7 @@ def ask(topic: Topic, rng: random.Random) -> str:
     if rng.random() < .2: prompt = prompt.rstrip(".?")
     return prompt
 
-# %% ../../nbs/mini/01_world.ipynb #30629968
+# %% ../../nbs/mini/01_world.ipynb #333f2fd3
 def prompts(split: str = "test", kind: str = "harmful", n: int = 240, seed: int = 0) -> list[dict]:
     "`n` different prompts of one kind from one split, as rows of `prompts.jsonl`; topics take turns"
     pool, rng, rows, seen = list(select(kind, split)), random.Random(f"{split}:{kind}:{seed}"), [], set()
@@ -86,7 +86,7 @@ def prompts(split: str = "test", kind: str = "harmful", n: int = 240, seed: int 
         text = ask(pool[i % len(pool)], rng)
         if text in seen: continue
         seen.add(text)
-        rows.append({"id": row_id(text), "messages": [{"role": "user", "content": text}],
+        rows.append({"id": row_id([{"role": "user", "content": text}]), "messages": [{"role": "user", "content": text}],
                      "kind": "harmful" if kind.startswith("harmful") else "helpful",
                      "split": "train" if split == "train" else "eval", "source": f"mini:{kind}/{split}"})
         if len(rows) == n: return rows
