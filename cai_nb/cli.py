@@ -110,7 +110,7 @@ def compare_files(
 
     typer.echo(compare_constitutions(Constitution.load(a), Constitution.load(b))._repr_markdown_())
 
-# %% ../nbs/13_cli.ipynb #a452c996
+# %% ../nbs/13_cli.ipynb #f1001a79
 @app.command("run")
 def run_command(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name (mini, …), or a YAML file.")],
@@ -120,11 +120,13 @@ def run_command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: prompts, tokens, minutes, memory.")] = False,
 ) -> None:
     "Carry out a recipe, all stages or up to one; the same command resumes where it stopped."
-    from cai_nb.pipeline import plan_recipe, run_recipe
-
     if dry_run:
+        from cai_nb.pipeline import plan_recipe
+
         typer.echo(plan_recipe(recipe, out, sets))
     else:
+        from cai_nb.pipeline import run_recipe
+
         typer.echo(f"run folder: {run_recipe(recipe, out, sets, until)}")
 
 # %% ../nbs/13_cli.ipynb #119436e8
