@@ -5,24 +5,29 @@
 # %% auto #0
 __all__ = ['Reply', 'LM', 'flag_reply', 'LocalLM']
 
-# %% ../nbs/04_generate.ipynb #1b896494
-import hashlib
-import inspect
-import threading
+# %% ../nbs/04_generate.ipynb #6cda1d53
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from .constitution import CaiError
-from .dialogue import encode_conversation, encode_text, stop_texts, stop_token_ids
+from cai_nb.decoding import (
+    Decoding,
+    evaluating,
+    model_lock,
+    next_logits,
+    pad_left,
+    roomy_cache,
+    row_uniforms,
+    text_stop,
+)
+from .dialogue import encode_conversation, encode_text, stop_token_ids
 from .model import using_adapter
 
-# %% ../nbs/04_generate.ipynb #d965521f
+# %% ../nbs/04_generate.ipynb #5e82ea8d
 @dataclass(frozen=True)
 class Reply:
     "One sampled reply."
@@ -33,17 +38,22 @@ class Reply:
 
 
 class LM(Protocol):
-    "What the method asks of a language model; a local model and a server both give it."
+    "What the method asks of a language model."
 
     def sample(
-        self, conversations: list[list[dict]], n: int = 1, temperature: float = 1.0, max_new_tokens: int = 256, seed: int | list[int] = 0
+        self,
+        conversations: list[list[dict]],
+        n: int = 1,
+        temperature: float = 1.0,
+        max_new_tokens: int = 256,
+        seed: int | list[int] = 0,
     ) -> list[list[Reply]]:
-        "`n` replies for every conversation."
+        "`n` replies to every conversation."
 
     def choice_logprobs(self, contexts: list[list[dict]], choices: list[str]) -> np.ndarray:
-        "Log-probability of every choice as the assistant's next words, [n_contexts, n_choices]."
+        "Log-probability of every choice as the assistant's next words [n_contexts, n_choices]."
 
-# %% ../nbs/04_generate.ipynb #01a41041
+# %% ../nbs/04_generate.ipynb #81f1be06
 def flag_reply(
     text: str,  # a reply
     finished: bool,  # whether the model ended its turn
@@ -54,7 +64,7 @@ def flag_reply(
 
 
 def _repeats(words: list[str], longest: int = 20) -> bool:
-    "A phrase of up to `longest` words comes four times in a row, and at least eight words repeat."
+    "Whether a phrase of up to `longest` words comes four times in a row and fills more than eight words."
     for size in range(1, min(longest, len(words) // 4) + 1):
         run = 0
         for before, after in zip(words, words[size:]):
@@ -63,183 +73,7 @@ def _repeats(words: list[str], longest: int = 20) -> bool:
                 return True
     return False
 
-# %% ../nbs/04_generate.ipynb #a8fe8ca2
-def _row_seed(seed: int, ids: list[int], j: int) -> int:
-    "The seed of sample `j` of a conversation: it depends on that conversation, not on its place in the call."
-    return int.from_bytes(hashlib.sha256(f"{seed}:{j}:{ids}".encode()).digest()[:8], "big")
-
-
-def _pick(logits: torch.Tensor, temperature: float, u: torch.Tensor) -> torch.Tensor:
-    "Next tokens [B] from logits [B, V]: greedy at temperature 0, else by inverting the distribution function at `u` [B]."
-    if temperature == 0:
-        return logits.argmax(-1)
-    cdf = torch.softmax(logits.float() / temperature, -1).cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
-
-# %% ../nbs/04_generate.ipynb #e5e6d1ab
-class _TextStop:
-    "Ends a reply at words such as `Human:` on a new line, for templates that have no token for the end of a turn."
-
-    def __init__(self, tokenizer, texts: list[str]):
-        self.tokenizer, self.texts = tokenizer, texts
-        last = {text[-1] for text in texts}
-        suspects = [i for i, piece in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))) if piece and last & set(piece)]
-        self.suspects, self.window = torch.tensor(suspects), max(map(len, texts)) + 1
-
-    def __call__(self, tokens: torch.Tensor, rows: torch.Tensor, step: int, token: torch.Tensor) -> torch.Tensor:
-        "Which of `rows` have ended with the token just chosen; only rows whose token can end a stop text are looked at."
-        ended = torch.isin(token, self.suspects.to(token.device))
-        for i in ended.nonzero().squeeze(1).tolist():
-            tail = self.tokenizer.decode(tokens[rows[i], max(0, step + 1 - self.window):step + 1])
-            ended[i] = any(text in tail for text in self.texts)
-        return ended
-
-    def cut(self, text: str) -> str:
-        "The reply before the first stop text."
-        return text[:min((text.find(t) for t in self.texts if t in text), default=len(text))]
-
-
-_text_stops = WeakKeyDictionary()
-
-
-def _text_stop(tokenizer) -> _TextStop | None:
-    texts = stop_texts(tokenizer)
-    known = _text_stops.get(tokenizer)
-    if texts and (known is None or known.texts != texts):
-        known = _text_stops[tokenizer] = _TextStop(tokenizer, texts)
-    return known if texts else None
-
-# %% ../nbs/04_generate.ipynb #c180de13
-def _pad_left(prompts: list[list[int]], pad: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    "Token ids and mask [B, longest], prompts flush right."
-    width = max(map(len, prompts))
-    ids = torch.tensor([[pad] * (width - len(p)) + p for p in prompts], device=device)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    return ids, (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-
-
-def _logits(model, ids, mask, position, cache, **kwargs) -> torch.Tensor:
-    "One forward pass on a cache, which it extends. Newer transformers call that argument `cache`."
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"
-    return model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, **{name: cache}, **kwargs).logits
-
-
-def _roomy_cache(model, room: int):
-    "A key-value cache whose full-attention layers have room for `room` more tokens, so that a step copies nothing."
-    from transformers import DynamicCache
-    from transformers.cache_utils import DynamicLayer
-
-    class RoomyLayer(DynamicLayer):
-        def update(self, key_states, value_states, *args, **kwargs):
-            if not self.is_initialized:
-                self.lazy_initialization(key_states, value_states)
-                self.buffers = None
-            old, new = self.get_seq_length(), self.get_seq_length() + key_states.shape[-2]
-            if self.buffers is None or new > self.buffers[0].shape[-2]:
-                shape = (*key_states.shape[:2], new + room)
-                fresh = [x.new_empty(*shape, x.shape[-1]) for x in (key_states, value_states)]
-                if old:
-                    fresh[0][..., :old, :], fresh[1][..., :old, :] = self.keys, self.values
-                self.buffers = fresh
-            for buffer, states in zip(self.buffers, (key_states, value_states)):
-                buffer[..., old:new, :] = states
-            self.keys, self.values = (buffer[..., :new, :] for buffer in self.buffers)
-            return self.keys, self.values
-
-        def batch_select_indices(self, indices):
-            self._rearranged(lambda x: x[indices])
-
-        def batch_repeat_interleave(self, repeats):
-            self._rearranged(lambda x: x.repeat_interleave(repeats, 0))
-
-        def _rearranged(self, how):
-            length = self.get_seq_length()
-            self.buffers = [how(buffer) for buffer in self.buffers]
-            self.keys, self.values = (buffer[..., :length, :] for buffer in self.buffers)
-
-    cache = DynamicCache(config=model.config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
-
-
-class _Decoding:
-    "A batch while it grows: `tokens` [R, T], `lengths` [R], `done` [R] (ended its turn), one row for each prompt and sample."
-
-    def __init__(self, lm, prompts, uniforms, temperature, n=1, adapters=None):
-        self.model, self.n, self.temperature, self.adapters = lm.model, n, temperature, adapters
-        self.device, rows = lm.model.device, len(prompts) * n
-        self.ids, self.mask = _pad_left(prompts, lm.pad, self.device)
-        self.stops = torch.tensor(lm.stops, device=self.device)
-        self.uniforms = torch.as_tensor(uniforms, device=self.device)
-        self.steps = self.uniforms.shape[1]
-        self.tokens = torch.full((rows, self.steps), lm.pad, device=self.device)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=self.device)
-        self.done = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        self.ended = lm.ended  # text that ends a turn, where a template has no token for it
-
-    def run(self) -> Iterator[None]:
-        "Advance every unfinished row by one token per step."
-        cache = _roomy_cache(self.model, self.steps)
-        position = self.mask.cumsum(-1) - 1
-        logits = self._forward(self.ids, self.mask, position.clamp(min=0), cache, self.adapters)
-        position = position[:, -1:]
-        if self.n > 1:
-            cache.batch_repeat_interleave(self.n)
-            logits, position = logits.repeat_interleave(self.n, 0), position.repeat_interleave(self.n, 0)
-            self.mask = self.mask.repeat_interleave(self.n, 0)
-        width, rows = self.mask.shape[1], torch.arange(len(self.tokens), device=self.device)
-        mask = torch.cat([self.mask, self.mask.new_ones(len(rows), self.steps)], 1)
-        adapters, u = self.adapters, self.uniforms
-        alive = torch.ones(len(rows), dtype=torch.bool, device=self.device)
-        for step in range(self.steps):
-            token = _pick(logits, self.temperature, u[:, step])
-            stop = (token[:, None] == self.stops).any(-1)
-            self.tokens[rows, step] = torch.where(alive, token, self.tokens[rows, step])
-            self.lengths[rows] += alive & ~stop
-            if self.ended is not None:
-                stop |= self.ended(self.tokens, rows, step, token)
-            self.done[rows] |= alive & stop
-            alive &= ~stop
-            yield
-            left = int(alive.sum())
-            if left == 0 or step + 1 == self.steps:
-                return
-            if left <= len(rows) - max(1, len(rows) // 8):  # enough have left: the rest goes on in a smaller batch
-                keep = alive.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                rows, token, position, mask, u = (x[keep] for x in (rows, token, position, mask, u))
-                adapters = adapters and [adapters[i] for i in keep.tolist()]
-                alive = alive[keep]
-            position = position + 1
-            logits = self._forward(token[:, None], mask[:, :width + step + 1], position, cache, adapters)
-
-    def _forward(self, ids, mask, position, cache, adapters) -> torch.Tensor:
-        names = {"adapter_names": adapters} if adapters else {}
-        return _logits(self.model, ids, mask, position, cache, logits_to_keep=1, **names)[:, -1]
-
-# %% ../nbs/04_generate.ipynb #5618cc91
-_locks = WeakKeyDictionary()
-
-
-def _lock(model) -> threading.RLock:
-    "One lock for each model: adapters are switched on the model itself, so two threads must take turns."
-    return _locks.setdefault(model, threading.RLock())
-
-
-@contextmanager
-def _evaluating(model):
-    "No gradients, no dropout; afterwards every module trains as before."
-    training = [m for m in model.modules() if m.training] if model.training else []
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m in training:
-            m.training = True
-
-# %% ../nbs/04_generate.ipynb #eb430e51
+# %% ../nbs/04_generate.ipynb #8ae73d19
 @dataclass(frozen=True, eq=False)
 class LocalLM:
     "A transformers model behind the `LM` seam, with its own decoding loop."
@@ -253,19 +87,6 @@ class LocalLM:
         return replace(self, adapter=name)
 
     @property
-    def pad(self) -> int:
-        t = self.tokenizer
-        return t.pad_token_id if t.pad_token_id is not None else t.eos_token_id or 0
-
-    @property
-    def stops(self) -> list[int]:
-        return stop_token_ids(self.tokenizer)
-
-    @property
-    def ended(self) -> Callable | None:
-        return _text_stop(self.tokenizer)
-
-    @property
     def context(self) -> int:
         "How many tokens the model was made for."
         config = self.model.config.get_text_config()
@@ -273,127 +94,137 @@ class LocalLM:
 
     def encode(self, conversation: list[dict]) -> list[int]:
         "Tokens up to where the assistant speaks: after its header, or inside its turn if that was left open."
-        left_open = bool(conversation) and conversation[-1]["role"] == "assistant"
+        left_open = bool(conversation) and conversation[-1].get("role") == "assistant"
         return encode_conversation(self.tokenizer, conversation, continue_final=left_open)
 
     def sample(
         self,
         conversations: list[list[dict]],  # each ends with a user's turn, or with an open assistant's
-        n: int = 1,  # replies for each
+        n: int = 1,  # replies to each
         temperature: float = 1.0,  # 0 is greedy; the paper samples at 1 throughout (§3.2)
         max_new_tokens: int = 256,  # per reply
         seed: int | list[int] = 0,  # for the call, or one for each conversation
     ) -> list[list[Reply]]:  # in the order of `conversations`, `n` for each
-        "Sample replies. A row's reply depends on its seed and its conversation, not on its neighbours in the batch."
-        prompts = [self.encode(c) for c in conversations]
-        seeds = [seed] * len(prompts) if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(prompts):
-            raise CaiError(f"seed: {len(seeds)} seeds for {len(prompts)} conversations; give one number, or one for each")
-        room = self.context - max_new_tokens
-        if room < 1:
-            raise CaiError(f"max_new_tokens={max_new_tokens} leaves no room for a prompt in a context of {self.context} tokens")
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # rows of like length share a batch
+        "Sample replies. What a row says depends on its seed and its conversation, not on its neighbours."
+        prompts, seeds = self._prompts(conversations, max_new_tokens), _seeds(seed, len(conversations))
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
         size, replies = max(1, self.batch_size // n), [[] for _ in prompts]
-        with _lock(self.model), _evaluating(self.model), using_adapter(self.model, self.adapter):
+        with model_lock(self.model), evaluating(self.model), using_adapter(self.model, self.adapter):
             for start in range(0, len(order), size):
                 batch = order[start:start + size]
-                uniforms = np.stack([np.random.default_rng(_row_seed(seeds[i], prompts[i], j)).random(max_new_tokens)
-                                     for i in batch for j in range(n)])
-                state = _Decoding(self, [prompts[i][-room:] for i in batch], uniforms, temperature, n)
+                state = self._decoding([prompts[i][0] for i in batch], [seeds[i] for i in batch],
+                                       temperature, max_new_tokens, n)
                 for _ in state.run():
                     pass
-                found = self._replies(state)
+                found = list(zip(self._texts(state), state.done.tolist(), state.lengths.tolist()))
                 for place, i in enumerate(batch):
-                    cut = ("prompt_cut",) if len(prompts[i]) > room else ()
-                    replies[i] = [replace(r, flags=r.flags + cut) for r in found[place * n:place * n + n]]
+                    mine = found[place * n:place * n + n]
+                    replies[i] = [Reply(t, done, flag_reply(t, done) + prompts[i][1], length) for t, done, length in mine]
         return replies
-
-    def _replies(self, state: _Decoding) -> list[Reply]:
-        texts, done, lengths = self._texts(state), state.done.tolist(), state.lengths.tolist()
-        return [Reply(t, d, flag_reply(t, d), n) for t, d, n in zip(texts, done, lengths)]
-
-    def _texts(self, state: _Decoding) -> list[str]:
-        rows = [row[:n] for row, n in zip(state.tokens.tolist(), state.lengths.tolist())]
-        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [(state.ended.cut(text) if state.ended else text).strip() for text in texts]
 
     def choice_logprobs(
         self,
         contexts: list[list[dict]],  # each ends with a user's turn, or with an open assistant's
         choices: list[str],  # such as " (A)" and " (B)", leading space included
     ) -> np.ndarray:  # [n_contexts, n_choices], float64
-        "Log-probability of each choice as the next words of the assistant: the sum over all its tokens."
+        "Log-probability of each choice as the assistant's next words: the sum over all its tokens."
         answers = [encode_text(self.tokenizer, choice) for choice in choices]
         if not answers or not all(answers):
             raise CaiError(f"choices: expected texts of at least one token, found {choices}")
-        shared = _common(answers)
-        room = self.context - max(map(len, answers))
-        prompts = [self.encode(c)[-room:] for c in contexts]
-        unique = sorted(set(map(tuple, prompts)), key=len)
-        scores = {}
-        with _lock(self.model), _evaluating(self.model), using_adapter(self.model, self.adapter):
+        prompts = [tuple(prompt) for prompt, _ in self._prompts(contexts, max(map(len, answers)))]
+        unique, scores = sorted(set(prompts), key=len), {}  # equal contexts are scored once
+        with model_lock(self.model), evaluating(self.model), using_adapter(self.model, self.adapter):
             for start in range(0, len(unique), self.batch_size):
                 batch = unique[start:start + self.batch_size]
-                scores.update(zip(batch, self._score([list(p) for p in batch], answers, shared)))
-        return np.array([scores[tuple(p)] for p in prompts]).reshape(len(prompts), len(choices))
-
-    def _score(self, prompts: list[list[int]], answers: list[list[int]], shared: int) -> np.ndarray:
-        "One pass over prompt and shared beginning; then only what differs, on the same cache."
-        ids, mask = _pad_left([p + answers[0][:shared] for p in prompts], self.pad, self.model.device)
-        position = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = _roomy_cache(self.model, max(map(len, answers)))
-        logp = _logits(self.model, ids, mask, position, cache, logits_to_keep=shared + 1)[:, -shared - 1:].float().log_softmax(-1)
-        total = sum((logp[:, k, answers[0][k]] for k in range(shared)), logp.new_zeros(len(prompts))).double()
-        total = total[:, None].repeat(1, len(answers))
-        first = torch.tensor([a[shared] if len(a) > shared else -1 for a in answers], device=ids.device)
-        total += torch.where(first >= 0, logp[:, shared][:, first.clamp(min=0)], 0.0)
-        rest = [a[shared:] for a in answers]
-        longest = max(map(len, rest)) - 1
-        if longest > 0:
-            cache.batch_repeat_interleave(len(answers))
-            tail = torch.tensor([(r + [self.pad] * longest)[:longest] for r in rest], device=ids.device).repeat(len(prompts), 1)
-            mask = torch.cat([mask.repeat_interleave(len(answers), 0), mask.new_ones(len(tail), longest)], 1)
-            position = position[:, -1:].repeat_interleave(len(answers), 0) + 1 + torch.arange(longest, device=ids.device)
-            logp = _logits(self.model, tail, mask, position, cache).float().log_softmax(-1).view(len(prompts), len(answers), longest, -1)
-            for c, r in enumerate(rest):
-                for k, token in enumerate(r[1:]):
-                    total[:, c] += logp[:, c, k, token]
-        return total.cpu().numpy()
+                scores.update(zip(batch, self._score([list(prompt) for prompt in batch], answers)))
+        return np.array([scores[prompt] for prompt in prompts]).reshape(len(prompts), len(choices))
 
     def stream(
         self,
         conversations: list[list[dict]],  # as for `sample`
-        adapters: list[str | None] | None = None,  # an adapter's name for each row, None for the base; default: this view's own
+        adapters: list[str | None] | None = None,  # one for each row, None for the base; left out: this view's own
         temperature: float = 1.0,  # 0 is greedy
         max_new_tokens: int = 256,  # per row
         seed: int | list[int] = 0,  # as for `sample`: the same seed gives the same reply
         stop: Callable[[], bool] | None = None,  # asked before every step; True ends the stream
     ) -> Iterator[list[str]]:  # after every step, the texts of all rows so far
-        "All rows grow together in one batch, each with its own adapter. End it by `stop`, or by closing the iterator."
-        names = [self.adapter] * len(conversations) if adapters is None else list(adapters)
-        if len(names) != len(conversations):
-            raise CaiError(f"adapters: {len(names)} names for {len(conversations)} conversations; give one for each")
-        known = getattr(self.model, "peft_config", {})
-        unknown = [a for a in names if a is not None and a not in known]
-        if unknown:
-            raise CaiError(f"adapter {unknown[0]!r}: the model has {', '.join(known) or 'no adapters'}")
-        seeds = [seed] * len(names) if isinstance(seed, int) else list(seed)
-        prompts = [self.encode(c) for c in conversations]
-        room = max(1, self.context - max_new_tokens)
-        uniforms = np.stack([np.random.default_rng(_row_seed(s, p, 0)).random(max_new_tokens) for s, p in zip(seeds, prompts)])
-        state = _Decoding(self, [p[-room:] for p in prompts], uniforms, temperature,
-                          adapters=[a or "__base__" for a in names] if known else None)
+        "All rows grow together in one batch, each with its own adapter. End it by `stop`, or close the iterator."
+        names = self._adapters(adapters, len(conversations))
+        prompts = [prompt for prompt, _ in self._prompts(conversations, max_new_tokens)]
+        state = self._decoding(prompts, _seeds(seed, len(prompts)), temperature, max_new_tokens, adapters=names)
         steps = state.run()
         while not (stop is not None and stop()):
-            with _lock(self.model), _evaluating(self.model):  # held for one step only: the reader may stay away for long
+            with model_lock(self.model), evaluating(self.model):  # for one step only: the reader may stay away for long
                 if next(steps, steps) is steps:
                     return
-            yield self._texts(state)
+                texts = self._texts(state)
+            yield texts
+
+    def _prompts(self, conversations, reserve: int) -> list[tuple[list[int], tuple[str, ...]]]:
+        "Encoded conversations, each with its flags: one that leaves no room for `reserve` tokens loses its beginning."
+        room = self.context - reserve
+        if room < 1:
+            raise CaiError(f"{reserve} new tokens leave no room for a prompt: the model's context is {self.context} tokens")
+        encoded = [self.encode(conversation) for conversation in conversations]
+        return [(ids[-room:], ("prompt_cut",) if len(ids) > room else ()) for ids in encoded]
+
+    def _decoding(self, prompts, seeds, temperature, max_new_tokens, n=1, adapters=None) -> Decoding:
+        t = self.tokenizer
+        pad = t.pad_token_id if t.pad_token_id is not None else t.eos_token_id
+        uniforms = [row_uniforms(s, p, j, max_new_tokens) for s, p in zip(seeds, prompts) for j in range(n)]
+        return Decoding(self.model, prompts, np.reshape(uniforms, (-1, max_new_tokens)), stop_token_ids(t), pad or 0, temperature, n,
+                        adapters, text_stop(t))
+
+    def _texts(self, state: Decoding) -> list[str]:
+        texts = self.tokenizer.batch_decode(state.replies(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [(state.ended.cut(text) if state.ended else text).strip() for text in texts]
+
+    def _adapters(self, adapters, count: int) -> list[str] | None:
+        "Names as PEFT wants them, or None for a model without adapters."
+        names = [self.adapter] * count if adapters is None else list(adapters)
+        known = getattr(self.model, "peft_config", {})
+        wrong = [name for name in names if name is not None and name not in known]
+        if wrong or len(names) != count:
+            raise CaiError(f"adapters {names} for {count} conversations: expected one for each, "
+                           f"None or among {', '.join(known) or 'none (this model has no adapters)'}")
+        return [name or "__base__" for name in names] if known else None
+
+    def _score(self, prompts: list[list[int]], answers: list[list[int]]) -> np.ndarray:
+        "[prompts, answers]: one pass over prompt and common beginning, then only what differs, on the same cache."
+        common = _common(answers)
+        ids, mask, position = pad_left([p + answers[0][:common] for p in prompts], 0, self.model.device)
+        longest = max(map(len, answers)) - common - 1
+        cache = roomy_cache(self.model, max(longest, 0))
+        logp = next_logits(self.model, ids, mask, position, cache, keep=common + 1).float().log_softmax(-1)
+        total = logp.new_zeros(len(prompts), len(answers), dtype=torch.float64)
+        for c, answer in enumerate(answers):
+            for k, token in enumerate(answer[:common + 1]):
+                total[:, c] += logp[:, k, token]
+        if longest > 0:
+            cache.batch_repeat_interleave(len(answers))
+            mask, position = (x.repeat_interleave(len(answers), 0) for x in (mask, position[:, -1:]))
+            rest = [(answer[common:] + [0] * longest)[:longest] for answer in answers] * len(prompts)
+            mask = torch.cat([mask, mask.new_ones(len(rest), longest)], 1)
+            position = position + 1 + torch.arange(longest, device=ids.device)
+            logits = next_logits(self.model, torch.tensor(rest, device=ids.device), mask, position, cache, keep=longest)
+            logp = logits.float().log_softmax(-1).unflatten(0, (len(prompts), len(answers)))
+            for c, answer in enumerate(answers):
+                for k, token in enumerate(answer[common + 1:]):
+                    total[:, c] += logp[:, c, k, token]
+        return total.cpu().numpy()
+
+
+def _seeds(seed: int | list[int], count: int) -> list[int]:
+    "One seed for each conversation."
+    seeds = [seed] * count if isinstance(seed, int) else list(seed)
+    if len(seeds) != count:
+        raise CaiError(f"seed: {len(seeds)} seeds for {count} conversations; give one number, or one for each")
+    return seeds
 
 
 def _common(answers: list[list[int]]) -> int:
-    "How many tokens all answers begin with."
-    shared = 0
-    while all(len(a) > shared and a[shared] == answers[0][shared] for a in answers):
-        shared += 1
-    return shared
+    "How many tokens all answers begin with, short of the last of the shortest."
+    common = 0
+    while all(len(a) > common + 1 and a[common] == answers[0][common] for a in answers):
+        common += 1
+    return common
