@@ -16,15 +16,12 @@ from .constitution import CaiError
 from .replies import ask, draw_seed, extra_flags, stored_rows
 from .rows import RowFile, row_id
 
-# %% ../nbs/07_feedback.ipynb #26810c39
+# %% ../nbs/07_feedback.ipynb #2205c069
 def soft_label(
     logprobs,  # array [..., 2]: log-probabilities of " (A)" and " (B)"
 ) -> np.ndarray:  # [...]: probability of A among the two
     "Probability of A, the logistic function of the difference of log-probabilities (paper §4.1)."
     logprobs = np.asarray(logprobs, dtype=np.float64)
-    if not np.isfinite(logprobs).all():
-        row = np.argwhere(~np.isfinite(logprobs))[0]
-        raise CaiError(f"choice_logprobs: found {logprobs[tuple(row)]} in row {row[0]}, expected finite numbers")
     return 0.5 * (1 + np.tanh((logprobs[..., 0] - logprobs[..., 1]) / 2))
 
 # %% ../nbs/07_feedback.ipynb #194ce0ea
@@ -40,7 +37,7 @@ def clamp_label(
         raise CaiError(f"clamp: found {clamp}, expected two numbers 0 ≤ low < high ≤ 1 such as (0.4, 0.6)")
     return np.clip(p, low, high)
 
-# %% ../nbs/07_feedback.ipynb #63dc3259
+# %% ../nbs/07_feedback.ipynb #73b2e125
 def sample_pairs(
     lm,  # an `LM`: SL-CAI
     prompts: list,  # rows of prompts.jsonl
@@ -57,9 +54,7 @@ def sample_pairs(
         both = [u["prompt"] for u in batch for _ in "ab"]
         seeds = [draw_seed(seed, u["prompt"]["id"], "pair", which) for u in batch for which in "ab"]
         answers = ask(lm, [p["messages"] for p in both], seeds, temperature, max_new_tokens)
-        noted = [
-            (text, [*flags, *extra_flags(flag, p, text)]) for p, (text, flags) in zip(both, answers)
-        ]
+        noted = [(text, [*flags, *extra_flags(flag, p, text)]) for p, (text, flags) in zip(both, answers)]
         return [_pair(u, a, b) for u, a, b in zip(batch, noted[::2], noted[1::2])]
 
     settings = [seed, temperature, max_new_tokens]
@@ -97,7 +92,7 @@ def _count_vote(row, question, p_first, reason, clamp):
     row["votes"].append(vote)
     row["p_a"] = sum(v["p_a"] for v in row["votes"]) / len(row["votes"])
 
-# %% ../nbs/07_feedback.ipynb #d4a8a2f5
+# %% ../nbs/07_feedback.ipynb #d08c3bd2
 def label_preferences(
     lm,  # an `LM`: the feedback model
     pairs: list,  # rows of pairs.jsonl
@@ -135,7 +130,7 @@ def label_preferences(
             seeds = [draw_seed(seed, q.pair["id"], q.principle.id, q.order, "reasoning") for q in questions]
             reasons = ask(lm, contexts, seeds, temperature, max_new_tokens, "paper" if layout == "paper" else "chat")
             contexts = [verdict_context(c, text) for c, (text, _) in zip(contexts, reasons)]
-        p_first = soft_label(lm.choice_logprobs(contexts, list(OPTIONS))) if questions else []
+        p_first = _p_first(lm, questions, contexts)
         cut = {q.pair["id"] for q, c in zip(questions, contexts) if _is_cut(lm, c)}
         flags = {u["id"]: [*u["pair"]["flags"], *(["question_cut"] if u["id"] in cut else [])] for u in batch}
         rows = {id: {"pair_id": id, "p_a": 0.5, "votes": [], "flags": flags[id]} for id in flags}
@@ -144,6 +139,22 @@ def label_preferences(
         return list(rows.values())
 
     return stored_rows([{"id": p["id"], "pair": p} for p in pairs], work, batch_size, out, what="labels", key="pair_id")
+
+
+def _p_first(lm, questions, contexts):
+    "Probability of (A) for each question, all in one call; what is missing or not a number is an error."
+    if not questions:
+        return []
+    logprobs = np.asarray(lm.choice_logprobs(contexts, list(OPTIONS)), dtype=np.float64)
+    if logprobs.shape != (len(questions), 2):
+        raise CaiError(f"choice_logprobs: found an array {logprobs.shape}, expected {(len(questions), 2)}")
+    for q, row in zip(questions, logprobs):
+        if not np.isfinite(row).all():
+            raise CaiError(
+                f"pair {q.pair['id']}, principle {q.principle.id}: found log-probabilities {row.tolist()}, expected"
+                " finite numbers; check the model (float16 overflows?) or the server"
+            )
+    return soft_label(logprobs)
 
 
 def _is_cut(lm, context, answer=8):

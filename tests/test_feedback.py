@@ -57,8 +57,17 @@ def test_label_is_the_sigmoid_of_the_difference_of_log_probabilities():
 
 @pytest.mark.parametrize("bad", [[math.nan, -1.0], [-math.inf, -1.0], [-math.inf, -math.inf]])
 def test_log_probabilities_that_are_not_finite_are_an_error(bad):
-    with pytest.raises(CaiError, match="expected finite numbers"):
+    with pytest.raises(CaiError, match="pair pair 0, principle c.* expected finite numbers"):
         label_preferences(ScriptedLM(logprobs=lambda c: bad), PAIRS, SIXTEEN, PROMPTS)
+
+
+def test_missing_log_probabilities_are_an_error_and_shift_no_label():
+    class Loses(ScriptedLM):
+        def choice_logprobs(self, contexts, choices):
+            return super().choice_logprobs(contexts, choices)[1:]
+
+    with pytest.raises(CaiError, match=r"found an array \(13, 2\), expected \(14, 2\)"):
+        label_preferences(Loses(logprobs=judge()), PAIRS, SIXTEEN, PROMPTS)
 
 
 @pytest.mark.parametrize("layout", ["paper", "principle_last"])
