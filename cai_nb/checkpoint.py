@@ -84,7 +84,7 @@ def newest_checkpoint(
     "The newest complete checkpoint of this run."
     return next((path for path in reversed(_checkpoints(folder)) if is_complete(path, key)), None)
 
-# %% ../nbs/05b_checkpoint.ipynb #873eca67
+# %% ../nbs/05b_checkpoint.ipynb #65d13db5
 class SafeCheckpoints:
     "Mixin for a `Trainer`: a checkpoint appears under its name only when it is complete and on disk."
 
@@ -119,9 +119,11 @@ class SafeCheckpoints:
             self.state.save_to_json(str(staged / "trainer_state.json"))
 
     def _save(self, output_dir=None, state_dict=None):
-        super()._save(output_dir, state_dict)
-        for other in set(getattr(self.model, "peft_config", {})) - {"default"}:
-            shutil.rmtree(Path(output_dir or self.args.output_dir) / other, ignore_errors=True)
+        if not hasattr(self.model, "peft_config"):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            self.model.save_pretrained(output_dir or self.args.output_dir, selected_adapters=["default"],
+                                       save_embedding_layers=False, state_dict=state_dict)
 
     def _send_telemetry(self):
         pass
