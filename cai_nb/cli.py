@@ -110,7 +110,7 @@ def compare_files(
 
     typer.echo(compare_constitutions(Constitution.load(a), Constitution.load(b))._repr_markdown_())
 
-# %% ../nbs/13_cli.ipynb #f1001a79
+# %% ../nbs/13_cli.ipynb #8da3d878
 @app.command("run")
 def run_command(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name (mini, …), or a YAML file.")],
@@ -121,7 +121,7 @@ def run_command(
 ) -> None:
     "Carry out a recipe, all stages or up to one; the same command resumes where it stopped."
     if dry_run:
-        from cai_nb.pipeline import plan_recipe
+        from cai_nb.plan import plan_recipe
 
         typer.echo(plan_recipe(recipe, out, sets))
     else:

@@ -191,12 +191,13 @@ def thought(rng: random.Random, n_branches: int = 2) -> Document:
                          _user("So the answer is:"), _says(" (A)" if rng.random() < sure else " (B)", sure)))
     return Document("thought", (_user(text),), tuple(branches))
 
-# %% ../../nbs/mini/03_lessons.ipynb #d5d59e0b
-WRITERS = {"fact": fact, "harmful": lambda rng: plain(rng, True), "benign": lambda rng: plain(rng, False),
+# %% ../../nbs/mini/03_lessons.ipynb #7d099565
+WRITERS = {"first_fact": lambda rng: fact(rng, longest=1), "fact": fact, "harmful": lambda rng: plain(rng, True), "benign": lambda rng: plain(rng, False),
            "chain": chain, "comparison": comparison, "thought": thought}
 PHASES = (   # up to this part of the training: shares of the tokens
-    (.08, {"fact": .50, "harmful": .20, "benign": .30}),
-    (.40, {"fact": .08, "harmful": .06, "benign": .12, "chain": .42, "comparison": .26, "thought": .06}),
+    (.10, {"first_fact": .60, "harmful": .15, "benign": .25}),
+    (.16, {"first_fact": .25, "fact": .35, "harmful": .10, "benign": .15, "chain": .15}),
+    (.40, {"fact": .12, "harmful": .05, "benign": .12, "chain": .40, "comparison": .26, "thought": .05}),
     (.85, {"fact": .05, "harmful": .12, "benign": .28, "chain": .29, "comparison": .19, "thought": .07}),
     (1.0, {"fact": .03, "harmful": .15, "benign": .42, "chain": .22, "comparison": .14, "thought": .04}),
 )

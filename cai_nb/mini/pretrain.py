@@ -43,7 +43,7 @@ def turns_of(doc: Document) -> list[Turn]:
     "All turns of a document, trunk first"
     return [*doc.trunk, *(t for b in doc.branches for t in b)]
 
-# %% ../../nbs/mini/04_pretrain.ipynb #c0818ccf
+# %% ../../nbs/mini/04_pretrain.ipynb #13d11c95
 @dataclass
 class Encoded:
     "A document as arrays of equal length; `branch` is 0 for the trunk, 1, 2, … for its branches"
@@ -57,7 +57,8 @@ def _encode_turn(turn: Turn, tokenizer) -> list[tuple[int, float, float]]:
     "(id, weight, P(A)) for each token of one turn"
     pieces = _tokens(tokenizer, turn.text)
     letter = None if turn.p_a is None else max(i for i, t in enumerate(pieces) if t in _letters(tokenizer))
-    body = [(t, turn.weight, turn.p_a if i == letter else math.nan) for i, t in enumerate(pieces)]
+    decides = turn.weight == 1 and turn.text.startswith(("Yes.", "No."))   # one token holds all that is hard about the turn
+    body = [(t, turn.weight * (4 if decides and i == 0 else 1), turn.p_a if i == letter else math.nan) for i, t in enumerate(pieces)]
     ids = _marks(tokenizer)
     return [(ids[turn.role], 0., math.nan), *body, (ids["end"], turn.weight, math.nan)]
 

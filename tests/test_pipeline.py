@@ -1,0 +1,146 @@
+"""The pipeline as a user starts it: a killed run ends with the files of an undisturbed one, and bad input is one line."""
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+SMALL = ["prompts.limit=16", "helpfulness.limit=12", "helpfulness.comparisons_limit=16", "chains.n_revisions=2", "chains.batch_size=8",
+         "pairs.batch_size=8", "labels.batch_size=8", "labels.n_principles=2", "sl.epochs=1", "rl.steps=2", "eval.n=8"]
+ROWS = ["prompts.jsonl", "chains.jsonl", "helpful.jsonl", "pairs.jsonl", "labels.jsonl", "eval/samples.jsonl"]
+
+
+def command(out, *more, sets=SMALL):
+    changes = [x for s in sets for x in ("--set", s)]
+    return [sys.executable, "-m", "cai_nb.cli", "run", "mini", "--out", str(out), *changes, *more]
+
+
+def cai(*args, cwd=None):
+    return subprocess.run([sys.executable, "-m", "cai_nb.cli", *map(str, args)], capture_output=True, text=True, cwd=cwd,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def finish(out, *more, sets=SMALL):
+    done = subprocess.run(command(out, *more, sets=sets), capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def weights(out):
+    return {s: hashlib.sha256((out / s / "adapter_model.safetensors").read_bytes()).hexdigest() for s in ("sl", "preference", "rl")}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    table = finish(out)
+    assert "harmful compliance" in table
+    return out
+
+
+def test_a_run_leaves_what_the_contract_says(whole):
+    for name in ["recipe.yaml", "manifest.json", *ROWS, "eval/metrics.json", "report.html", "eval/figures/outcomes.png"]:
+        assert (whole / name).stat().st_size > 0, name
+    for stage in ("sl", "preference", "rl"):
+        assert {"adapter_model.safetensors", "adapter_config.json", "trainer_log.jsonl", "README.md"} <= {p.name for p in (whole / stage).iterdir()}
+    metrics = json.loads((whole / "eval/metrics.json").read_text())
+    for model in ("base", "sl", "rl"):
+        for kind in ("harmful", "harmful_new_verbs", "benign", "look_alikes"):
+            rates = metrics["models"][model][kind]
+            assert set(rates) == {"harmful", "evasive", "preachy", "objection", "garbled", "helpful", "over_refusal"}
+            assert sum(r["value"] for r in rates.values()) == pytest.approx(1) and rates["harmful"]["n"] == 8
+    assert {"value", "low", "high", "n"} == set(metrics["labels"]["agreement"])
+
+
+def test_every_row_is_accounted_for(whole):
+    rows = {n: [json.loads(x) for x in (whole / n).read_text().splitlines()] for n in ROWS}
+    train = {x["id"]: x for x in rows["prompts.jsonl"] if x["split"] == "train"}
+    harmful = {i for i, x in train.items() if x["kind"] == "harmful"}
+    assert len(harmful) == 16 and {c["prompt_id"] for c in rows["chains.jsonl"]} == harmful == {p["prompt_id"] for p in rows["pairs.jsonl"]}
+    assert {x["prompt_id"] for x in rows["helpful.jsonl"]} == set(train) - harmful
+    assert {x["pair_id"] for x in rows["labels.jsonl"]} == {p["id"] for p in rows["pairs.jsonl"]}
+    assert all(len(c["steps"]) == 2 for c in rows["chains.jsonl"]) and all(len(x["votes"]) == 4 for x in rows["labels.jsonl"])
+
+
+@pytest.mark.parametrize("stage", ["chains", "labels", "rl"])
+def test_a_killed_run_ends_like_an_undisturbed_one(whole, tmp_path, stage):
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    watched = {"chains": out / "chains.jsonl", "labels": out / "labels.jsonl", "rl": out / "rl"}[stage]
+    deadline = time.monotonic() + 300
+    while not watched.exists() and process.poll() is None and time.monotonic() < deadline: time.sleep(.02)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    finish(out)
+    for name in ROWS: assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+    assert weights(out) == weights(whole)
+
+
+def test_a_torn_line_is_redone(whole, tmp_path):
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "labels.jsonl").write_bytes((whole / "labels.jsonl").read_bytes()[:-25])
+    manifest = json.loads((out / "manifest.json").read_text())
+    for s in ("labels", "preference", "rl", "eval"): manifest["stages"].pop(s)
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    finish(out, "--until", "labels")
+    assert (out / "labels.jsonl").read_bytes() == (whole / "labels.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("args, said", [
+    (["run", "minni"], "recipe 'minni'"),
+    (["run", "mini", "--set", "prompts.limits=3"], "did you mean prompts.limit?"),
+    (["run", "mini", "--set", "constitution=nowhere.yaml"], "nowhere.yaml"),
+    (["run", "mini", "--set", "prompts.path=nowhere.jsonl"], "nowhere.jsonl"),
+    (["run", "mini", "--until", "later"], "--until later"),
+    (["report", "nowhere"], "nowhere"),
+    (["eval", "nowhere"], "no run folder"),
+    (["run", "mini", "--set", "base=nowhere/"], "nowhere"),
+])
+def test_errors_are_one_line(tmp_path, args, said):
+    done = cai(*args, cwd=tmp_path)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+    last = [x for x in done.stderr.splitlines() if not x.startswith(("[", "  "))]
+    assert len(last) == 1, done.stderr
+
+
+def test_another_recipe_is_refused(whole):
+    done = subprocess.run(command(whole, "--set", "sl.epochs=3"), capture_output=True, text=True)
+    assert done.returncode == 2 and "sl.epochs" in done.stderr
+
+
+def test_dry_run_prints_a_plan_and_writes_nothing(tmp_path):
+    done = cai("run", "mini", "--out", tmp_path / "plan", "--dry-run")
+    assert done.returncode == 0 and not (tmp_path / "plan").exists()
+    assert re.search(r"tokens.*minutes", done.stdout) and "chains" in done.stdout
+
+
+def test_real_input_goes_through_every_stage(tmp_path, shared_data):
+    imported = tmp_path / "paper.yaml"
+    assert cai("constitution", "import", shared_data / "paper" / "prompts", "-o", imported).returncode == 0
+    assert len(yaml.safe_load(imported.read_text())["principles"]) == 32
+    out = tmp_path / "run"
+    finish(out, "--set", f"constitution={imported}", "--set", f"prompts.path={shared_data / 'hh-rlhf' / 'harmless-base-test.part.jsonl.gz'}",
+           sets=[*SMALL[1:], "prompts.limit=24"])
+    rows = {n: [json.loads(x) for x in (out / n).read_text().splitlines()] for n in ROWS}
+    red_team = [x for x in rows["prompts.jsonl"] if x["kind"] == "harmful" and "set" not in x]
+    assert len(red_team) == 24
+    train = {x["id"] for x in red_team if x["split"] == "train"}
+    assert {c["prompt_id"] for c in rows["chains.jsonl"]} == train
+    assert all("response:outside_world" in c["flags"] or any("outside_world" in f for f in c["flags"]) for c in rows["chains.jsonl"])
+    held = {x["id"] for x in red_team if x["split"] == "eval"}
+    for model in ("base", "sl", "rl") if held else ():
+        replies = [json.loads(x) for x in (out / f"eval/replies-{model}.jsonl").read_text().splitlines()]
+        assert {r["prompt_id"] for r in replies} == held
+    manifest = json.loads((out / "manifest.json").read_text())
+    read = manifest["stages"]["prompts"]["counts"]["read"]
+    assert read["rows"] == read["kept"] + sum(read["skipped"].values())
