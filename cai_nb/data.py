@@ -19,7 +19,7 @@ from .constitution import CaiError
 from .dialogue import parse_transcript
 from .rows import RowFile, batches, in_batches, progress, row_id  # rows are made there, and found here as well
 
-# %% ../nbs/02_data.ipynb #0a35fb38
+# %% ../nbs/02_data.ipynb #e077af0d
 def _records(source: str | Path) -> Iterator[tuple[str, dict]]:
     "(place, record) for every record of a file or hub data set; the place is `file:line`."
     path = Path(source)
@@ -64,7 +64,7 @@ def _object(line: str) -> dict | None:
 def _hub_records(source: str) -> Iterator[tuple[str, dict]]:
     "Records of a hub data set `owner/name`, or `owner/name:split`."
     name, _, part = source.partition(":")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".json", ".csv", ".txt", ".gz")):
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".csv", ".txt", ".gz")):
         raise CaiError(f"{source}: no such file; expected a .jsonl, .csv or .txt file, "
                        "or a hub data set such as owner/name:train")
     try:
@@ -77,7 +77,7 @@ def _hub_records(source: str) -> Iterator[tuple[str, dict]]:
     for number, row in enumerate(rows, 1):
         yield f"{source}:{number}", dict(row)
 
-# %% ../nbs/02_data.ipynb #8379f8b5
+# %% ../nbs/02_data.ipynb #db071c3b
 _TEXT_KEYS = ("prompt", "question", "instruction", "goal", "text", "transcript", "chosen")
 
 
@@ -85,7 +85,8 @@ def _messages(record: dict, place: str) -> list[dict]:
     "The conversation in a record."
     if "messages" in record or isinstance(record.get("prompt"), list):
         messages = record.get("messages") or record["prompt"]
-        if not isinstance(messages, list) or not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        texts = [m.get("content") if isinstance(m, dict) else None for m in messages] if isinstance(messages, list) else [None]
+        if not all(isinstance(text, str) for text in texts):
             raise CaiError(f"{place}: messages must be a list of objects with role and content, "
                            f"found {str(messages)[:60]!r}")
         return [{"role": m.get("role"), "content": m["content"]} for m in messages]
@@ -112,7 +113,7 @@ def split_of(
     draw = int(row_id("split", " ".join(opening.casefold().split())), 16) / 16**12
     return "eval" if draw < eval_fraction else "train"
 
-# %% ../nbs/02_data.ipynb #4b7558d5
+# %% ../nbs/02_data.ipynb #89507947
 @dataclass(frozen=True)
 class PromptReport:
     "What became of every row of a source."
@@ -130,7 +131,7 @@ class PromptReport:
     def _repr_markdown_(self) -> str:
         lines = [f"**{self.source}**: {self.read} rows read, {self.used} used for {self.kept} rows", "",
                  "| skipped because | rows | such as |", "|---|---|---|"]
-        lines += [f"| {reason} | {count} | {', '.join(self.places[reason][:3])} |" for reason, count in self.skipped.items()]
+        lines += [f"| {why} | {count} | {', '.join(self.places[why][:3])} |" for why, count in self.skipped.items()]
         return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ import torch
 
 from .dialogue import stop_texts
 
-# %% ../nbs/03b_decoding.ipynb #08c2fe24
+# %% ../nbs/03b_decoding.ipynb #0b6d42ba
 @lru_cache
 def _roomy_layer():
     "The layer class, made at first use because transformers is slow to import."
@@ -88,7 +88,7 @@ def next_logits(
     adapters: list[str] | None = None,  # a PEFT adapter for every row
 ) -> torch.Tensor:  # [B, keep, V]
     "One forward pass over new tokens."
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"  # renamed in 2026
     kwargs = {"adapter_names": adapters} if adapters else {}
     out = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=keep,
@@ -171,9 +171,9 @@ def text_stop(
         known = _text_stops[tokenizer] = TextStop(tokenizer, texts)
     return known if texts else None
 
-# %% ../nbs/03b_decoding.ipynb #ae177040
+# %% ../nbs/03b_decoding.ipynb #9a3bb1eb
 class Decoding:
-    "A batch of replies while it grows: `tokens` [R, T], `lengths` [R], `done` [R] (ended its turn); R = prompts × samples."
+    "A batch while it grows: `tokens` [R, T], `lengths` [R], `done` [R] (ended its turn); R is prompts × samples."
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class Decoding:
         self.model, self.prompts, self.n, self.temperature = model, prompts, n, temperature
         self.pad, self.adapters, self.ended = pad, adapters, ended
         self.stops = torch.tensor(stops, device=model.device)
-        self.uniforms = torch.as_tensor(uniforms, device=model.device, dtype=None if model.device.type != "mps" else torch.float32)
+        self.uniforms = torch.as_tensor(uniforms, device=model.device)
         rows, self.steps = self.uniforms.shape
         self.tokens = torch.full((rows, self.steps), pad, device=model.device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=model.device)
@@ -221,7 +221,8 @@ class Decoding:
                 rows, token, position, mask, u, alive = (x[keep] for x in (rows, token, position, mask, u, alive))
                 adapters = adapters and [adapters[i] for i in keep.tolist()]
             position = position + 1
-            logits = next_logits(self.model, token[:, None], mask[:, :width + step + 1], position, cache, adapters=adapters)[:, -1]
+            seen = mask[:, :width + step + 1]
+            logits = next_logits(self.model, token[:, None], seen, position, cache, adapters=adapters)[:, -1]
 
     def _note(self, step: int, rows: torch.Tensor, token: torch.Tensor, alive: torch.Tensor) -> None:
         "Write the tokens of living rows down, and let those die that have ended; `alive` changes in place."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Reply', 'LM', 'flag_reply', 'LocalLM']
 
-# %% ../nbs/04_generate.ipynb #6cda1d53
+# %% ../nbs/04_generate.ipynb #61401195
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -25,7 +25,7 @@ from cai_nb.decoding import (
     text_stop,
 )
 from .dialogue import encode_conversation, encode_text, stop_token_ids
-from .model import using_adapter
+from .model import adapter_names, using_adapter
 
 # %% ../nbs/04_generate.ipynb #5e82ea8d
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _repeats(words: list[str], longest: int = 20) -> bool:
                 return True
     return False
 
-# %% ../nbs/04_generate.ipynb #8ae73d19
+# %% ../nbs/04_generate.ipynb #40d35e2f
 @dataclass(frozen=True, eq=False)
 class LocalLM:
     "A transformers model behind the `LM` seam, with its own decoding loop."
@@ -118,8 +118,8 @@ class LocalLM:
                     pass
                 found = list(zip(self._texts(state), state.done.tolist(), state.lengths.tolist()))
                 for place, i in enumerate(batch):
-                    mine = found[place * n:place * n + n]
-                    replies[i] = [Reply(t, done, flag_reply(t, done) + prompts[i][1], length) for t, done, length in mine]
+                    replies[i] = [Reply(text, done, flag_reply(text, done) + prompts[i][1], length)
+                                  for text, done, length in found[place * n:place * n + n]]
         return replies
 
     def choice_logprobs(
@@ -164,7 +164,7 @@ class LocalLM:
         "Encoded conversations, each with its flags: one that leaves no room for `reserve` tokens loses its beginning."
         room = self.context - reserve
         if room < 1:
-            raise CaiError(f"{reserve} new tokens leave no room for a prompt: the model's context is {self.context} tokens")
+            raise CaiError(f"{reserve} new tokens leave no room for a prompt: the context is {self.context} tokens")
         encoded = [self.encode(conversation) for conversation in conversations]
         return [(ids[-room:], ("prompt_cut",) if len(ids) > room else ()) for ids in encoded]
 
@@ -172,17 +172,18 @@ class LocalLM:
         t = self.tokenizer
         pad = t.pad_token_id if t.pad_token_id is not None else t.eos_token_id
         uniforms = [row_uniforms(s, p, j, max_new_tokens) for s, p in zip(seeds, prompts) for j in range(n)]
-        return Decoding(self.model, prompts, np.reshape(uniforms, (-1, max_new_tokens)), stop_token_ids(t), pad or 0, temperature, n,
-                        adapters, text_stop(t))
+        uniforms = np.reshape(uniforms, (-1, max_new_tokens))
+        return Decoding(self.model, prompts, uniforms, stop_token_ids(t), pad or 0, temperature, n, adapters, text_stop(t))
 
     def _texts(self, state: Decoding) -> list[str]:
-        texts = self.tokenizer.batch_decode(state.replies(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        texts = self.tokenizer.batch_decode(
+            state.replies(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [(state.ended.cut(text) if state.ended else text).strip() for text in texts]
 
     def _adapters(self, adapters, count: int) -> list[str] | None:
         "Names as PEFT wants them, or None for a model without adapters."
         names = [self.adapter] * count if adapters is None else list(adapters)
-        known = getattr(self.model, "peft_config", {})
+        known = adapter_names(self.model)
         wrong = [name for name in names if name is not None and name not in known]
         if wrong or len(names) != count:
             raise CaiError(f"adapters {names} for {count} conversations: expected one for each, "
