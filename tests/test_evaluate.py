@@ -1,0 +1,212 @@
+"""Rates, judging, agreement, tables, figures and the report: counted by hand here, resumed after kills, safe to open."""
+import json
+import random
+import re
+
+import pytest
+from scripted import Killed, ScriptedLM
+
+from cai_nb.constitution import CaiError
+from cai_nb.evaluate import (
+    KINDS, SETS, calibration, evaluate_models, judge_replies, kinds_by_revision, label_agreement, metrics_table, pooled,
+    preference_accuracy, ranked_pairs, rate,
+)
+from cai_nb.mini import oracle, world
+from cai_nb.report import figure_calibration, figure_outcomes, figure_revisions, figure_training, report_html, save_figures
+
+PROMPTS = {name: world.prompts("test", name, 12, seed=3) for name in SETS}
+
+
+def spoken(sort):
+    "A model that answers every prompt of mini's world in one way."
+    def reply(conversation, seed):
+        topic = oracle.find_topic(conversation[-1]["content"])
+        return world.answer(topic, sort if topic.harmful or sort != "harmless" else "comply", random.Random(seed))
+    return ScriptedLM(reply)
+
+
+def pair_of(first, second, row, name="pair"):
+    rng, topic = random.Random(name), oracle.find_topic(row["messages"][-1]["content"])
+    return {"id": name, "prompt_id": row["id"], "responses": [world.answer(topic, s, rng) for s in (first, second)]}
+
+
+# Rates
+
+
+@pytest.mark.parametrize("n", [1, 7, 240, 5000])
+def test_interval_ends_are_where_the_score_test_gives_up(n):
+    """Wilson's ends solve (p̂ − p)² = z² p (1 − p) / n."""
+    for k in {0, 1, n // 3, n // 2, n - 1, n}:
+        r = rate(k, n)
+        assert 0 <= r["low"] <= r["value"] <= r["high"] <= 1 and r["n"] == n
+        for end in (r["low"], r["high"]):
+            if 0 < end < 1:
+                assert (k / n - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / n, rel=1e-6)
+
+
+def test_nothing_counted_is_no_rate():
+    assert rate(0, 0) == {"value": None, "low": None, "high": None, "n": 0}
+    with pytest.raises(CaiError, match="between 0 and 3"):
+        rate(4, 3)
+
+
+# Models
+
+
+def test_metrics_have_the_shape_of_the_contract(tmp_path):
+    lms = {"base": spoken("comply"), "sl": spoken("evasive"), "rl": spoken("objection")}
+    metrics, rows = evaluate_models(lms, PROMPTS, oracle, out=tmp_path / "eval" / "samples.jsonl")
+    assert list(metrics["models"]) == ["base", "sl", "rl"]
+    for sets in metrics["models"].values():
+        assert set(sets) == set(SETS)
+        for kinds in sets.values():
+            assert set(kinds) == set(KINDS) and all(set(r) == {"value", "low", "high", "n"} for r in kinds.values())
+            assert sum(r["value"] for r in kinds.values()) == pytest.approx(1)
+    assert metrics == json.loads(json.dumps(metrics))
+    models = metrics["models"]
+    assert models["base"]["harmful"]["harmful"]["value"] == models["base"]["benign"]["helpful"]["value"] == 1
+    assert models["sl"]["harmful_new_verbs"]["evasive"]["value"] == models["sl"]["look_alikes"]["over_refusal"]["value"] == 1
+    assert models["rl"]["harmful"]["objection"]["value"] == 1
+    assert len(rows) == 3 * 4 * 12 and {"id", "model", "set", "prompt", "response", "kind", "reason"} <= set(rows[0])
+
+
+def test_every_model_faces_the_same_prompts_with_the_same_dice():
+    lms = {"base": ScriptedLM(), "rl": ScriptedLM()}
+    evaluate_models(lms, PROMPTS, oracle, batch_size=5)
+    assert lms["base"].asked == lms["rl"].asked and lms["base"].seeds == lms["rl"].seeds
+    assert len({s for seeds in lms["base"].seeds for s in seeds}) == len({p["id"] for rows in PROMPTS.values() for p in rows})
+
+
+def test_killed_evaluation_resumes_to_the_same_file(tmp_path):
+    def work(path, die_at=None):
+        return evaluate_models({"base": ScriptedLM(die_at=die_at), "rl": ScriptedLM()}, PROMPTS, oracle, batch_size=5, out=path)
+
+    whole = work(tmp_path / "whole.jsonl")
+    for die_at in (1, 2, 6):
+        path = tmp_path / f"{die_at}.jsonl"
+        with pytest.raises(Killed):
+            work(path, die_at)
+        assert work(path) == whole and path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_judge_of_another_house_is_checked():
+    with pytest.raises(CaiError, match="one prompt per reply"):
+        judge_replies(oracle, ["a"], [])
+    class Odd:
+        def judge(self, prompt, reply): return type("V", (), {"kind": "naughty", "reason": ""})
+    with pytest.raises(CaiError, match="naughty"):
+        judge_replies(Odd(), ["a"], ["b"])
+
+
+# Labels and the preference model
+
+
+def test_agreement_leaves_ties_out_and_counts_one_half_as_wrong():
+    rows = PROMPTS["harmful"]
+    pairs = [pair_of("objection", "comply", rows[0], "first"), pair_of("comply", "evasive", rows[1], "second"),
+             pair_of("comply", "comply", rows[2], "tie"), pair_of("objection", "garbled", rows[3], "half"),
+             pair_of("objection", "preachy", rows[4], "unlabelled")]
+    labels = [{"pair_id": i, "p_a": p} for i, p in (("first", .51), ("second", .2), ("tie", .9), ("half", .5))]
+    assert [p["first"] for p in ranked_pairs(pairs, rows, oracle)] == [True, False, True, True]
+    assert label_agreement(labels, pairs, rows, oracle) == rate(2, 3)
+    turned = [{"pair_id": x["pair_id"], "p_a": 1 - x["p_a"]} for x in labels]
+    assert label_agreement(turned, pairs, rows, oracle) == rate(0, 3)
+    with pytest.raises(CaiError, match="not among"):
+        label_agreement(labels, pairs, rows[:1], oracle)
+
+
+def test_preference_accuracy_reads_the_whole_conversation():
+    rows = PROMPTS["harmful"]
+    pairs = [pair_of("objection", "comply", rows[0], "a"), pair_of("comply", "objection", rows[1], "b"), pair_of("comply", "comply", rows[2], "tie")]
+
+    class Truth:
+        sign = 1
+        def score(self, talks): return [self.sign * oracle.rank(t[0]["content"], t[1]["content"]) for t in talks]
+
+    assert preference_accuracy(Truth(), pairs, rows, oracle) == rate(2, 2)
+    Truth.sign = -1
+    assert preference_accuracy(Truth(), pairs, rows, oracle) == rate(0, 2)
+    Truth.sign = 0
+    assert preference_accuracy(Truth(), pairs, rows, oracle) == rate(0, 2)
+    assert preference_accuracy(Truth(), [], rows, oracle)["n"] == 0
+
+
+def test_calibration_bins_by_how_sure_a_label_is():
+    rows = PROMPTS["harmful"]
+    pairs = [pair_of("objection", "comply", rows[i], f"p{i}") for i in range(4)]
+    labels = [{"pair_id": f"p{i}", "p_a": p} for i, p in enumerate((1.0, .0, .5, .62))]
+    bins = calibration(labels, pairs, rows, oracle)
+    assert [(b["n"], b["value"]) for b in bins] == [(1, 0), (1, 1), (2, .5)]
+    assert [b["confidence"] for b in bins] == pytest.approx([.5, .62, 1.0])
+
+
+def test_kinds_by_revision():
+    row, benign = PROMPTS["harmful"][0], PROMPTS["benign"][0]
+    texts = {s: pair_of(s, s, row)["responses"][0] for s in ("comply", "evasive", "objection")}
+    chain = {"id": "c", "prompt_id": row["id"], "response": texts["comply"],
+             "steps": [{"revision": texts["evasive"]}, {"revision": texts["objection"]}]}
+    other = dict(chain, id="d", prompt_id=benign["id"])
+    found = kinds_by_revision([chain, other], [row, benign], oracle)
+    assert [max(step, key=lambda k: step[k]["value"]) for step in found] == ["harmful", "evasive", "objection"]
+    assert [step["harmful"]["n"] for step in found] == [1, 1, 1]
+
+
+# Tables, figures, the page
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "a run"
+    metrics, _ = evaluate_models({"base": spoken("comply"), "rl": spoken("objection")}, PROMPTS, oracle, out=run / "eval" / "samples.jsonl")
+    metrics |= {"labels": {"agreement": rate(93, 100)}, "preference": {"accuracy": rate(9, 10)}, "seconds": {"sl": 61.2}}
+    (run / "eval" / "metrics.json").write_text(json.dumps(metrics))
+    return run, metrics
+
+
+def test_table_has_the_rows_that_are_asked_for(evaluated):
+    text, table = metrics_table(evaluated[1]), metrics_table(evaluated[1], markdown=True)
+    for title in ("harmful compliance", "objection with a safe alternative", "evasive or preachy", "garbled or off-topic",
+                  "benign helpfulness", "held-out verbs: harmful compliance", "labels that agree with the oracle"):
+        assert title in text and title in table
+    assert text.splitlines()[0].split() == ["base", "RL-CAI"]
+    assert re.search(r"harmful compliance +100\.0 % \(75\.8–100\.0\) +0\.0 % \(0\.0–24\.2\)", text)
+    assert len({line.count("|") for line in table.splitlines()}) == 1
+    assert pooled([rate(1, 12), rate(3, 12)]) == rate(4, 12)
+
+
+def test_table_of_a_run_without_models_is_only_short():
+    assert "93.0 %" in metrics_table({"models": {}, "labels": {"agreement": rate(93, 100)}})
+    assert metrics_table({"models": {"base": {}}}).splitlines()[0].strip() == "base"
+
+
+def test_report_is_one_file_that_runs_nothing(evaluated):
+    run, metrics = evaluated
+    steps = [{k: rate(n if k == "harmful" else 10 - n if k == "objection" else 0, 10) for k in KINDS} for n in (9, 3, 1)]
+    save_figures(run / "eval" / "figures", outcomes=figure_outcomes(metrics), revisions=figure_revisions(steps),
+                 calibration=figure_calibration([{"confidence": .7, **rate(7, 10)}, {"confidence": .9, **rate(10, 10)}]),
+                 training=figure_training([{"step": 1, "reward": .1, "harm": rate(1, 9)}, {"step": 2, "reward": .4}]))
+    (run / "manifest.json").write_text(json.dumps({"recipe": "<script>x</script>", "stages": {"sl": {"seconds": 61.23456}}}))
+    lines = (run / "eval" / "samples.jsonl").read_text().splitlines()
+    evil = dict(json.loads(lines[0]), response="</p><script>alert(1)</script>", prompt='"><img src=x onerror=1>')
+    (run / "eval" / "samples.jsonl").write_text("\n".join([json.dumps(evil), *lines[1:]]))
+    path = report_html(run)
+    page = path.read_text()
+    assert path == run / "report.html" and page.count("<article>") == 20 and page.count("data:image/png;base64,") == 4
+    assert "<script" not in page and "<img src=x" not in page and not re.findall(r'(?:src|href)="(?!data:)', page)
+    assert "prefers-color-scheme:dark" in page and "61.23" in page and "a run" in page
+
+
+def test_report_of_a_run_that_was_not_evaluated_says_what_to_do(tmp_path):
+    with pytest.raises(CaiError, match="metrics.json: not found; evaluate the run first"):
+        report_html(tmp_path)
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "metrics.json").write_text("{")
+    with pytest.raises(CaiError, match="not valid JSON"):
+        report_html(tmp_path)
+
+
+def test_figures_of_very_little_are_drawn_all_the_same(tmp_path):
+    none = {k: rate(0, 0) for k in KINDS}
+    paths = save_figures(tmp_path, outcomes=figure_outcomes({"models": {"base": {"harmful": none}}}), revisions=figure_revisions([none]),
+                         calibration=figure_calibration([]), training=figure_training([]))
+    assert all(p.read_bytes()[:4] == b"\x89PNG" for p in paths)
