@@ -77,7 +77,7 @@ def _hub_records(source: str) -> Iterator[tuple[str, dict]]:
     for number, row in enumerate(rows, 1):
         yield f"{source}:{number}", dict(row)
 
-# %% ../nbs/02_data.ipynb #db071c3b
+# %% ../nbs/02_data.ipynb #2a4101cb
 _TEXT_KEYS = ("prompt", "question", "instruction", "goal", "text", "transcript", "chosen")
 
 
@@ -85,8 +85,8 @@ def _messages(record: dict, place: str) -> list[dict]:
     "The conversation in a record."
     if "messages" in record or isinstance(record.get("prompt"), list):
         messages = record.get("messages") or record["prompt"]
-        texts = [m.get("content") if isinstance(m, dict) else None for m in messages] if isinstance(messages, list) else [None]
-        if not all(isinstance(text, str) for text in texts):
+        whole = isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
+        if not whole or not all(isinstance(m.get("content"), str) for m in messages):
             raise CaiError(f"{place}: messages must be a list of objects with role and content, "
                            f"found {str(messages)[:60]!r}")
         return [{"role": m.get("role"), "content": m["content"]} for m in messages]

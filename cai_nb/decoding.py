@@ -20,7 +20,7 @@ import torch
 
 from .dialogue import stop_texts
 
-# %% ../nbs/03b_decoding.ipynb #0b6d42ba
+# %% ../nbs/03b_decoding.ipynb #d0cf1442
 @lru_cache
 def _roomy_layer():
     "The layer class, made at first use because transformers is slow to import."
@@ -69,7 +69,7 @@ def roomy_cache(
     model,  # a causal language model
     room: int,  # how many tokens will come after the first pass
 ):  # a cache for one batch
-    "A key-value cache that writes a new token into its place; layers of other kinds (sliding windows) stay as they are."
+    "A key-value cache that writes a new token into its place; layers of other kinds (sliding windows) stay."
     from transformers import DynamicCache
     from transformers.cache_utils import DynamicLayer
 

@@ -73,7 +73,7 @@ def _repeats(words: list[str], longest: int = 20) -> bool:
                 return True
     return False
 
-# %% ../nbs/04_generate.ipynb #40d35e2f
+# %% ../nbs/04_generate.ipynb #126edd08
 @dataclass(frozen=True, eq=False)
 class LocalLM:
     "A transformers model behind the `LM` seam, with its own decoding loop."
@@ -170,10 +170,10 @@ class LocalLM:
 
     def _decoding(self, prompts, seeds, temperature, max_new_tokens, n=1, adapters=None) -> Decoding:
         t = self.tokenizer
-        pad = t.pad_token_id if t.pad_token_id is not None else t.eos_token_id
+        pad = next((id for id in (t.pad_token_id, t.eos_token_id) if id is not None), 0)
         uniforms = [row_uniforms(s, p, j, max_new_tokens) for s, p in zip(seeds, prompts) for j in range(n)]
         uniforms = np.reshape(uniforms, (-1, max_new_tokens))
-        return Decoding(self.model, prompts, uniforms, stop_token_ids(t), pad or 0, temperature, n, adapters, text_stop(t))
+        return Decoding(self.model, prompts, uniforms, stop_token_ids(t), pad, temperature, n, adapters, text_stop(t))
 
     def _texts(self, state: Decoding) -> list[str]:
         texts = self.tokenizer.batch_decode(

@@ -48,7 +48,7 @@ def hardware() -> Hardware:
         return Hardware("mps", "float32", None, "Apple GPU: float32, and no NF4, whose kernels it lacks")
     return Hardware("cpu", "float32", None, "no GPU: float32, which a CPU computes fastest and which repeats exactly")
 
-# %% ../nbs/03_model.ipynb #3a5688f0
+# %% ../nbs/03_model.ipynb #4e9e2541
 def load_model(
     name: str | Path,  # "mini" (embedded), a folder, or a hub id
     quantization: str | None = None,  # "nf4" (with double quantisation), or None for full weights
@@ -77,6 +77,9 @@ def load_model(
                        "tokenizer.json and safetensors, or a hub id within reach)") from error
     if not quantization:
         model.to(device)
+    for module in model.modules():  # some CPUs: bitsandbytes would repack 4-bit weights, and the base would move
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = str(name)  # adapters note their base
     tokenizer.padding_side = "left"
     if tokenizer.pad_token_id is None:
@@ -96,7 +99,7 @@ def _source(name: str | Path) -> str:
     if str(name) == "mini":
         folder = files("cai_nb") / "mini" / "weights"
         if not (folder / "config.json").is_file():
-            raise CaiError("mini: this checkout has no weights for it (cai_nb/mini/weights); make them with `make mini`")
+            raise CaiError("mini: no weights in cai_nb/mini/weights; make them with `make mini`")
         return str(folder)
     path = Path(name).expanduser()
     if path.is_dir() and (path / "config.json").is_file():
@@ -157,11 +160,11 @@ def _of_adapter(name: str) -> bool:
 def _base_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
 
-# %% ../nbs/03_model.ipynb #ca5d8a3b
+# %% ../nbs/03_model.ipynb #8e6c19f8
 def adapter_names(
     model,  # a plain model, or one with adapters
 ) -> list[str]:  # [] for a plain model
-    "The adapters on a model. A base that is wrapped elsewhere is refused: it would answer with an adapter on, unnoticed."
+    "The adapters on a model. A base wrapped elsewhere is refused: it would answer with an adapter on, unnoticed."
     if hasattr(model, "peft_config") and not hasattr(model, "get_base_model"):
         raise CaiError("this base carries adapters of a PeftModel made from it; use that one, or `unload()` it first")
     return list(getattr(model, "peft_config", {}))
@@ -216,7 +219,7 @@ def check_adapter(
                        "it was not trained, or not loaded")
     return change
 
-# %% ../nbs/03_model.ipynb #8507390e
+# %% ../nbs/03_model.ipynb #df9c24d3
 def save_adapter(
     model,  # a model with adapters
     name: str,  # which of them
@@ -250,8 +253,9 @@ def add_adapters(
     for name, folder in adapters.items():
         folder = Path(folder)
         if not (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_config.json").is_file():
-            pickle = "only a pickled adapter_model.bin, which may run code" if (folder / "adapter_model.bin").exists() else ""
-            raise CaiError(f"{folder}: {pickle or 'no adapter here'}; "
+            pickled = (folder / "adapter_model.bin").exists()
+            found = "only a pickled adapter_model.bin, which may run code" if pickled else "no adapter here"
+            raise CaiError(f"{folder}: {found}; "
                            "expected adapter_config.json and adapter_model.safetensors")
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), adapter_name=name, use_safetensors=True)
