@@ -84,7 +84,7 @@ def borrowed(
     if model_fingerprint(model) != weights:
         raise RuntimeError("training: the base model's own weights moved, so adapters trained on it cannot be trusted")
 
-# %% ../nbs/05c_training.ipynb #e8e62a83
+# %% ../nbs/05c_training.ipynb #82fb690e
 def trainer_settings(
     model,  # decides by where its weights lie
 ) -> dict:  # arguments for any trainer's config
@@ -96,7 +96,7 @@ def trainer_settings(
     return {
         "use_cpu": device == "cpu", "bf16": bf16, "fp16": device == "cuda" and not bf16, recompute: device != "cpu",
         "dataloader_num_workers": 0, "dataloader_pin_memory": device == "cuda",
-        "report_to": "none", "disable_tqdm": True, "logging_steps": 5, "logging_nan_inf_filter": False,
+        "report_to": "none", "disable_tqdm": True, "logging_steps": 5, "logging_first_step": True, "logging_nan_inf_filter": False,
         "save_strategy": "steps",
     }
 
