@@ -15,7 +15,7 @@ __all__ = ['KINDS', 'SETS', 'TITLES', 'ROWS', 'rate', 'prompt_text', 'judge_repl
            'evaluate_models', 'ranked_pairs', 'label_agreement', 'preference_accuracy', 'calibration',
            'kinds_by_revision', 'pooled', 'show_rate', 'table_rows', 'metrics_table']
 
-# %% ../nbs/10_evaluate.ipynb #4612e1b1
+# %% ../nbs/10_evaluate.ipynb #41f037c7
 def rate(
     successes: float,  # how many replies were of the kind that is counted
     n: int,            # how many replies there were
@@ -23,7 +23,8 @@ def rate(
 ) -> dict:             # {"value", "low", "high", "n"}; all None but n when there was nothing to count
     "A proportion with its Wilson 95 % interval."
     if n == 0: return {"value": None, "low": None, "high": None, "n": 0}
-    if not 0 <= successes <= n: raise CaiError(f"rate: {successes} successes of {n}; expected a count between 0 and {n}")
+    if not 0 <= successes <= n:
+        raise CaiError(f"rate: {successes} successes of {n}; expected a count between 0 and {n}")
     p, zz = successes / n, z * z / n
     centre = (p + zz / 2) / (1 + zz)
     half = z * (p * (1 - p) / n + zz / (4 * n)) ** 0.5 / (1 + zz)
@@ -55,7 +56,7 @@ def judge_replies(
         if v.kind not in KINDS: raise CaiError(f"oracle: unknown kind {v.kind!r}; expected one of {', '.join(KINDS)}")
     return verdicts
 
-# %% ../nbs/10_evaluate.ipynb #8916a547
+# %% ../nbs/10_evaluate.ipynb #c129d4f2
 def judged_replies(
     lm,                    # anything with `.sample`
     prompts: list[dict],   # rows of prompts.jsonl
@@ -79,21 +80,23 @@ def judged_replies(
         replies = [r[0] for r in replies]
         verdicts = judge_replies(oracle, batch, [r.text for r in replies])
         return [{"id": t["id"], "model": model, "set": prompt_set, "prompt_id": t["prompt_id"],
-                 "prompt": prompt_text(t), "response": r.text, "kind": v.kind, "reason": v.reason, "flags": list(r.flags)}
+                 "prompt": prompt_text(t), "response": r.text,
+                 "kind": v.kind, "reason": v.reason, "flags": list(r.flags)}
                 for t, r, v in zip(batch, replies, verdicts)]
 
     return in_batches(tasks, batch_size, store, work, what=f"{model}: {prompt_set}")
 
-# %% ../nbs/10_evaluate.ipynb #ab977cec
+# %% ../nbs/10_evaluate.ipynb #9c1fb4d2
 def tally(
     rows: list[dict],  # judged rows: model, set, kind
 ) -> dict:             # {model: {set: {kind: rate}}}
     "Judged rows counted: a rate for every model, set and kind."
     kinds = {}
     for r in rows: kinds.setdefault(r["model"], {}).setdefault(r["set"], []).append(r["kind"])
-    return {m: {s: {k: rate(ks.count(k), len(ks)) for k in KINDS} for s, ks in sets.items()} for m, sets in kinds.items()}
+    return {m: {s: {k: rate(found.count(k), len(found)) for k in KINDS} for s, found in sets.items()}
+            for m, sets in kinds.items()}
 
-# %% ../nbs/10_evaluate.ipynb #c83711c0
+# %% ../nbs/10_evaluate.ipynb #cc3454ca
 def evaluate_models(
     lms: dict,           # model name ("base", "sl", "rl") → LM
     prompt_sets: dict,   # set name ("harmful", "harmful_new_verbs", "benign", "look_alikes") → rows of prompts
@@ -109,7 +112,8 @@ def evaluate_models(
     rows = []
     for model, lm in lms.items():
         for name, prompts in prompt_sets.items():
-            rows += judged_replies(lm, prompts, oracle, model, name, seed, temperature, max_new_tokens, batch_size, store)
+            rows += judged_replies(lm, prompts, oracle, model, name, seed, temperature, max_new_tokens, batch_size,
+                                   store)
     return {"models": tally(rows)}, rows
 
 # %% ../nbs/10_evaluate.ipynb #aa0a51d6

@@ -40,7 +40,7 @@ def png(figure, dpi: int = 110) -> bytes:
     figure.savefig(stream, format="png", dpi=dpi, metadata={"Software": None})
     return stream.getvalue()
 
-# %% ../nbs/10b_report.ipynb #6e32bdee
+# %% ../nbs/10b_report.ipynb #7fc065b5
 def figure_outcomes(
     metrics: dict,  # as in eval/metrics.json
     sets: tuple = ("harmful", "benign"),
@@ -51,14 +51,16 @@ def figure_outcomes(
     y, ticks, last = 0, [], None
     for title, name, kinds in bars:
         if name != last:
-            axes.text(0, y + (0.1 if last is None else 0.35), f"{name.replace('_', ' ')} prompts", fontsize=9, color="#4c5a64")
+            heading = f"{name.replace('_', ' ')} prompts"
+            axes.text(0, y + (0.1 if last is None else 0.35), heading, fontsize=9, color="#4c5a64")
             y += 0.85 if last is None else 1.1
             last = name
         left = 0.0
         for kind in COLOURS:
             value = 100 * (kinds[kind]["value"] or 0)
             axes.barh(y, value, left=left, color=COLOURS[kind], height=0.72)
-            if value >= 6: axes.text(left + value / 2, y, f"{value:.0f}", ha="center", va="center", fontsize=8.5, color="white")
+            if value >= 6:
+                axes.text(left + value / 2, y, f"{value:.0f}", ha="center", va="center", fontsize=8.5, color="white")
             left += value
         ticks.append((y, title))
         y += 0.95
@@ -66,16 +68,17 @@ def figure_outcomes(
     axes.set(xlim=(0, 100), ylim=(y - 0.3, -0.4), xlabel="% of replies")
     seen = [k for k in COLOURS if any(kinds[k]["value"] for _, _, kinds in bars)]
     axes.legend([axes.barh(0, 0, color=COLOURS[k]) for k in seen], [k.replace("_", " ") for k in seen],
-                loc="upper center", bbox_to_anchor=(0.5, -0.16 if len(bars) > 3 else -0.25), ncols=len(seen), frameon=False, fontsize=8.5,
-                handlelength=1, columnspacing=1.2)
+                loc="upper center", bbox_to_anchor=(0.5, -0.16 if len(bars) > 3 else -0.25), ncols=len(seen),
+                frameon=False, fontsize=8.5, handlelength=1, columnspacing=1.2)
     return figure
 
-# %% ../nbs/10b_report.ipynb #41c6c220
+# %% ../nbs/10b_report.ipynb #45d45173
 def draw_rates(axes, x: list, rates: list[dict], colour: str, label: str, marker: str = "o"):
     "A line of rates with its intervals as a band."
     x, rates = [i for i, r in zip(x, rates) if r["value"] is not None], [r for r in rates if r["value"] is not None]
-    axes.fill_between(x, [100 * r["low"] for r in rates], [100 * r["high"] for r in rates], color=colour, alpha=0.15, lw=0)
-    axes.plot(x, [100 * r["value"] for r in rates], color=colour, marker=marker, ms=4, lw=1.8, label=label)
+    low, value, high = ([100 * r[end] for r in rates] for end in ("low", "value", "high"))
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+    axes.plot(x, value, color=colour, marker=marker, ms=4, lw=1.8, label=label)
 
 
 def figure_revisions(
@@ -90,7 +93,7 @@ def figure_revisions(
     axes.legend(frameon=False, fontsize=9)
     return figure
 
-# %% ../nbs/10b_report.ipynb #9a30a5dd
+# %% ../nbs/10b_report.ipynb #359a8b97
 def figure_calibration(
     bins: list[dict],  # from `calibration`
 ):
@@ -101,11 +104,12 @@ def figure_calibration(
     for b in bins:
         axes.annotate(f"n={b['n']}", (100 * b["confidence"], 100 * b["value"]), xytext=(0, -14), ha="center",
                       textcoords="offset points", fontsize=7.5, color="#4c5a64")
-    axes.set(xlabel="confidence of the label, %", ylabel="right, %", xlim=(48, 102), ylim=(min(40, min([100 * b["low"] for b in bins], default=40)) - 3, 103))
+    lowest = min([40, *(100 * b["low"] for b in bins)])
+    axes.set(xlabel="confidence of the label, %", ylabel="right, %", xlim=(48, 102), ylim=(lowest - 3, 103))
     axes.legend(frameon=False, fontsize=9, loc="lower right")
     return figure
 
-# %% ../nbs/10b_report.ipynb #5f59f056
+# %% ../nbs/10b_report.ipynb #88890a67
 def figure_training(
     log: list[dict],  # rows of the RL stage's log: step, reward, and where it was measured `harm` (a rate)
 ):
@@ -113,13 +117,15 @@ def figure_training(
     steps = [row for row in log if row.get("reward") is not None]
     judged = [row for row in log if row.get("harm")]
     figure, axes = new_figure("RL: reward" + (" and true harm" if judged else ""))
-    axes.plot([r["step"] for r in steps], [r["reward"] for r in steps], color="#22303a", lw=1.6, label="reward (preference model)")
+    axes.plot([r["step"] for r in steps], [r["reward"] for r in steps], color="#22303a", lw=1.6,
+              label="reward (preference model)")
     axes.set(xlabel="step", ylabel="mean reward")
     lines = axes.get_lines()[:]
     if judged:
         right = axes.twinx()
         right.spines[["top", "left"]].set_visible(False)
-        draw_rates(right, [r["step"] for r in judged], [r["harm"] for r in judged], COLOURS["harmful"], "harmful (oracle)")
+        x, harm = [r["step"] for r in judged], [r["harm"] for r in judged]
+        draw_rates(right, x, harm, COLOURS["harmful"], "harmful (oracle)")
         right.set_ylabel("harmful replies, %", color=COLOURS["harmful"])
         right.set_ylim(bottom=0)
         right.tick_params(colors=COLOURS["harmful"], labelsize=9)
@@ -149,7 +155,7 @@ def save_figures(
     for path, figure in zip(paths, figures.values()): path.write_bytes(png(figure))
     return paths
 
-# %% ../nbs/10b_report.ipynb #9b995555
+# %% ../nbs/10b_report.ipynb #9ccf22f0
 def esc(text) -> str:
     "Any value as text that HTML shows and does not obey."
     return html.escape(str(text), quote=True)
@@ -158,10 +164,11 @@ def esc(text) -> str:
 def html_table(rows: list[list[str]]) -> str:
     "A table; the first row is its heading, the first cell of each row names it."
     head = "".join(f'<th scope="col">{esc(c)}</th>' for c in rows[0])
-    body = "".join(f'<tr><th scope="row">{esc(r[0])}</th>' + "".join(f"<td>{esc(c)}</td>" for c in r[1:]) + "</tr>" for r in rows[1:])
+    cells = [(r[0], "".join(f"<td>{esc(c)}</td>" for c in r[1:])) for r in rows[1:]]
+    body = "".join(f'<tr><th scope="row">{esc(name)}</th>{cell}</tr>' for name, cell in cells)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
-# %% ../nbs/10b_report.ipynb #e2854859
+# %% ../nbs/10b_report.ipynb #a4afef43
 def transcripts(
     rows: list[dict],  # rows of eval/samples.jsonl
     n: int = 10,       # per model
@@ -176,8 +183,9 @@ def transcripts(
         while len(taken) < n and any(queues):  # in turn from every set of prompts
             taken += [q.pop(0) for q in queues if q]
         cards = "".join(
-            f'<article><p class="asked">{esc(r["prompt"])}</p><p class="said">{esc(r["response"]) or "<i>nothing</i>"}</p>'
-            f'<p class="kind {esc(r["kind"])}">{esc(r["kind"].replace("_", " "))} <span>{esc(r.get("reason", ""))}</span></p></article>'
+            f'<article><p class="asked">{esc(r["prompt"])}</p>'
+            f'<p class="said">{esc(r["response"]) or "<i>nothing</i>"}</p><p class="kind {esc(r["kind"])}">'
+            f'{esc(r["kind"].replace("_", " "))} <span>{esc(r.get("reason", ""))}</span></p></article>'
             for r in taken[:n])
         parts.append(f"<h3>{esc(TITLES.get(model, model))}</h3><div class=cards>{cards}</div>")
     return "".join(parts)
@@ -193,24 +201,30 @@ def flat(
     if isinstance(value, list): value = ", ".join(map(str, value))
     return [(name, f"{value:.4g}" if isinstance(value, float) else str(value))]
 
-# %% ../nbs/10b_report.ipynb #4192c241
+# %% ../nbs/10b_report.ipynb #612cba8b
 STYLE = """
 :root{color-scheme:light dark;--bg:#fbfaf7;--card:#fff;--ink:#22303a;--soft:#5d6b75;--line:#e3e0d8;--accent:#2f7f9d}
-@media(prefers-color-scheme:dark){:root{--bg:#14191d;--card:#1c2328;--ink:#e6eaec;--soft:#9aa8b1;--line:#2f3a41;--accent:#6cb6d1}}
+@media(prefers-color-scheme:dark){:root{--bg:#14191d;--card:#1c2328;--ink:#e6eaec;--soft:#9aa8b1;--line:#2f3a41;
+ --accent:#6cb6d1}}
 *{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.6 system-ui,sans-serif}
 main{max-width:60rem;margin:0 auto;padding:2.5rem 1.2rem 4rem}h1{font-size:1.9rem;line-height:1.2;margin:0 0 .3rem}
-h2{font-size:1.25rem;margin:2.6rem 0 .8rem}h3{font-size:1.02rem;margin:1.6rem 0 .6rem}.lead,.soft,figcaption{color:var(--soft)}
+h2{font-size:1.25rem;margin:2.6rem 0 .8rem}h3{font-size:1.02rem;margin:1.6rem 0 .6rem}
+ .lead,.soft,figcaption{color:var(--soft)}
 .wide{overflow-x:auto}table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:.93rem}
 th,td{padding:.45rem .7rem;border-bottom:1px solid var(--line);text-align:right;white-space:nowrap}
 th:first-child{text-align:left;font-weight:500;white-space:normal}thead th{color:var(--soft);font-weight:600}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:1.2rem}figure{margin:0}
-figure img{width:100%;height:auto;background:#fff;border:1px solid var(--line);border-radius:10px;padding:.4rem}figcaption{font-size:.88rem}
+figure img{width:100%;height:auto;background:#fff;border:1px solid var(--line);border-radius:10px;padding:.4rem}
+ figcaption{font-size:.88rem}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,18rem),1fr));gap:.8rem}
-article{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.8rem 1rem;overflow-wrap:anywhere}
+article{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.8rem 1rem;
+ overflow-wrap:anywhere}
 article p{margin:0 0 .5rem}.asked{color:var(--soft);font-size:.92rem}.kind{font-size:.8rem;font-weight:600;margin:0}
 .kind span{font-weight:400;color:var(--soft)}
-.kind::before{content:"";display:inline-block;width:.65em;height:.65em;border-radius:50%;margin-right:.45em;background:currentColor}
-dl{display:grid;grid-template-columns:minmax(9rem,auto) 1fr;gap:.15rem 1rem;font-size:.85rem}dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
+.kind::before{content:"";display:inline-block;width:.65em;height:.65em;border-radius:50%;margin-right:.45em;
+ background:currentColor}
+dl{display:grid;grid-template-columns:minmax(9rem,auto) 1fr;gap:.15rem 1rem;font-size:.85rem}dt{color:var(--soft)}
+ dd{margin:0;overflow-wrap:anywhere}
 """ + "".join(f".kind.{kind}::before{{background:{colour}}}" for kind, colour in COLOURS.items())
 
 # %% ../nbs/10b_report.ipynb #4c78f2e5
@@ -226,7 +240,7 @@ def read_rows(path: Path) -> list[dict]:
     if not path.exists(): return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
-# %% ../nbs/10b_report.ipynb #3c925b2e
+# %% ../nbs/10b_report.ipynb #5153e962
 def report_html(
     run,             # a run folder with eval/metrics.json
     n_transcripts: int = 10,
@@ -238,21 +252,25 @@ def report_html(
         raise CaiError(f"{run / 'eval' / 'metrics.json'}: not found; evaluate the run first (cai-nb eval {run})")
     pictures = [(name, run / "eval" / "figures" / f"{name}.png") for name in CAPTIONS]
     figures = "".join(
-        f'<figure><img alt="{esc(CAPTIONS[name])}" src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}">'
+        f'<figure><img alt="{esc(CAPTIONS[name])}" '
+        f'src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}">'
         f"<figcaption>{esc(CAPTIONS[name])}</figcaption></figure>" for name, p in pictures if p.exists())
     manifest = read_json(run / "manifest.json", {})
     origin = "".join(f"<dt>{esc(k)}</dt><dd>{esc(v)}</dd>" for k, v in flat(manifest) if k)
     sections = [
-        ("Results", html_table(table_rows(metrics)) + '<p class="soft">Shares of replies at temperature 1, with 95 % intervals (Wilson).</p>'),
+        ("Results", html_table(table_rows(metrics)) +
+         '<p class="soft">Shares of replies at temperature 1, with 95 % intervals (Wilson).</p>'),
         ("Figures", f'<div class="figures">{figures}</div>' if figures else ""),
         ("Transcripts", transcripts(read_rows(run / "eval" / "samples.jsonl"), n_transcripts)),
         ("Provenance", f"<dl>{origin}</dl>" if origin else ""),
     ]
     body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
-    page = (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    page = ('<!doctype html><html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width">'
             f"<title>{esc(run.resolve().name)}: constitutional AI run</title><style>{STYLE}</style></head><body><main>"
             f"<h1>Run “{esc(run.resolve().name)}”</h1>"
-            f'<p class="lead">A base model, SL-CAI and RL-CAI, before and after a constitution.</p>{body}</main></body></html>')
+            '<p class="lead">A base model, SL-CAI and RL-CAI, before and after a constitution.</p>'
+            f"{body}</main></body></html>")
     path = run / "report.html"
     path.write_text(page, encoding="utf-8")
     return path

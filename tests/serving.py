@@ -33,7 +33,7 @@ def make_run(folder: Path, stages=("sl", "rl")) -> Path:
         save_adapter(peft, "default", folder / stage)
         model = peft.unload()
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(yaml.safe_dump({"base": BASE, "constitution": "harmlessness"}))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"base": BASE, "constitution": "mini"}))
     rows = world.prompts("test", "harmful", 4, seed=0) + world.prompts("test", "benign", 4, seed=0)
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder

@@ -166,7 +166,7 @@ def test_stages_that_are_missing_are_said_to_be(tmp_path, run):
     make_run(partial, stages=("sl",))
     models, constitution = load_run(partial)
     assert list(models.adapters) == ["base", "sl"] and "RL-CAI" in header(models) and "two answers" in header(models)
-    assert constitution.digest == Constitution.load("harmlessness").digest
+    assert constitution.digest == Constitution.load("mini").digest
     assert "Not here yet" not in header(load_run(run)[0])
     bare, _ = load_run(make_run(tmp_path / "bare", stages=()))
     *_, answers = app.compare(bare, ASK)
