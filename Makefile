@@ -1,16 +1,16 @@
 # make demo   set up .venv, run the whole method on the embedded model, open the app     (CPU, about ten minutes)
 # make test   set up .venv with the tools, then every check, notebook and test
-# The rest: make export, outputs, mini, bench, clean. PYTHON, PIP_ARGS and RUN can be given: make demo PYTHON=python3.12
+# The rest: make export, outputs, mini, bench, reach, clean. PYTHON, PIP_ARGS and RUN can be given: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 PIP_ARGS ?=
 RUN ?= runs/mini
 BIN := .venv/bin
-NOTEBOOKS = $(sort $(filter-out %checkpoint.ipynb,$(wildcard nbs/*.ipynb nbs/*/*.ipynb)))
+NOTEBOOKS = $(sort $(filter-out %-checkpoint.ipynb,$(wildcard nbs/*.ipynb nbs/*/*.ipynb)))
 QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False MPLBACKEND=Agg \
 	TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
-.PHONY: demo test export outputs mini bench clean
+.PHONY: demo test export outputs mini bench reach clean
 
 demo: .venv/.ready
 	$(BIN)/cai-nb run mini --out $(RUN)
@@ -27,9 +27,7 @@ export: .venv/.ready-dev
 
 # Runs the notebooks in order and stores what they print, or only some: make outputs NOTEBOOKS=nbs/05_critique.ipynb
 outputs: .venv/.ready-dev
-	set -e; for nb in $(NOTEBOOKS); do \
-		$(QUIET) $(BIN)/python -m jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.timeout=900 $$nb; \
-	done
+	$(QUIET) $(BIN)/python nbs/_outputs.py $(NOTEBOOKS)
 	$(BIN)/nbdev-clean
 
 mini: .venv/.ready
@@ -37,7 +35,11 @@ mini: .venv/.ready
 	$(BIN)/python -m cai_nb.mini.gate
 
 bench: .venv/.ready-dev
-	set -e; for script in $(sort $(wildcard benchmarks/*.py)); do $(BIN)/python $$script; done
+	set -e; for script in $(sort $(filter-out %/reach.py,$(wildcard benchmarks/*.py))); do $(BIN)/python $$script; done
+
+# The thresholds of the mini recipe over three seeds, about a quarter of an hour
+reach: .venv/.ready
+	$(BIN)/python benchmarks/reach.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -16,7 +16,7 @@ def lines(key):
 
 # Constitutions and recipes lie at the top of the checkout, where people look for them, and inside the installed package.
 folders = {f"{settings['lib_name']}.{name}": name for name in ("constitutions", "recipes")}
-data = ["*.json", "*.jsonl", "*.safetensors", "*.yaml", "*.md", "*.png", "*.css", "*.js", "*.html"]
+data = ["*.json", "*.jsonl", "*.safetensors", "*.yaml", "*.md", "*.jinja", "*.png", "*.css", "*.js", "*.html"]
 
 setup(
     name=settings["dist_name"],

@@ -179,3 +179,7 @@ def _fail(message: str) -> None:
     "One line on stderr, exit code 2."
     print(f"cai-nb: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+# %% ../nbs/13_cli.ipynb #24244cfa
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,7 @@ __all__ = ['EVAL_SETS', 'RUNNERS', 'Run', 'code_digest', 'file_digest', 'version
            'stage_sl', 'stage_pairs', 'stage_labels', 'comparisons_of', 'stage_preference', 'stage_rl', 'stage_eval',
            'unseen_pairs', 'run_stage', 'say', 'run_recipe', 'results', 'evaluate_run', 'report_run']
 
-# %% ../nbs/11a_pipeline.ipynb #72c630f5
+# %% ../nbs/11a_pipeline.ipynb #084d2103
 @dataclass
 class Run:
     "A run folder, its recipe, and the models that its stages share"
@@ -52,9 +52,10 @@ class Run:
             changed = differences(yaml.safe_load(path.read_text()), self.recipe)
             if changed: raise CaiError(f"{path}: this folder was started with another recipe ({'; '.join(changed[:4])}); take another --out, or remove it")
             self.manifest = _read_manifest(self.folder)
-            if self.manifest["constitution"]["digest"] != self.constitution.digest:
+            if self.manifest["constitution"]["digest"] != Constitution.load(self.recipe["constitution"]).digest:
                 raise CaiError(f"{self.folder}: constitution {self.recipe['constitution']} has changed since this run began; take another --out, or remove it")
         else:
+            self.constitution.save(self.file("constitution.yaml"))
             self.manifest = {"cai_nb": code_digest(), "versions": versions(), "machine": platform.platform(), "seed": self.recipe["seed"],
                              "constitution": {"name": self.constitution.name, "digest": self.constitution.digest}, "stages": {}}
             self.save()
@@ -64,7 +65,9 @@ class Run:
     def file(self, name: str) -> Path: return self.folder / name
     def rows(self, name: str) -> list[dict]: return RowFile(self.file(name), key="pair_id" if name.startswith("labels") else "id").rows
     @cached_property
-    def constitution(self) -> Constitution: return Constitution.load(self.recipe["constitution"])
+    def constitution(self) -> Constitution:
+        own = self.file("constitution.yaml")    # the folder's copy, so that it can be moved or mailed
+        return Constitution.load(own if own.exists() else self.recipe["constitution"])
 
 # %% ../nbs/11a_pipeline.ipynb #77d7572d
 def _read_manifest(folder: Path) -> dict:
@@ -196,7 +199,7 @@ def stage_sl(run: Run) -> dict:
     rows, counts = sl_rows(run.rows("prompts.jsonl"), run.rows("chains.jsonl"), run.rows("helpful.jsonl"), config.n_revisions, config.helpful_ratio)
     return counts | train_sl(*base_of(run), rows, config, run.file("sl"), facts(run))
 
-# %% ../nbs/11a_pipeline.ipynb #827cc348
+# %% ../nbs/11a_pipeline.ipynb #28741f13
 def stage_pairs(run: Run) -> dict:
     "pairs.jsonl: two SL-CAI replies to every red-team prompt"
     from cai_nb.feedback import sample_pairs
@@ -231,13 +234,13 @@ def stage_preference(run: Run) -> dict:
     from cai_nb.preference import preference_rows, train_preference
     comparisons = comparisons_of(run)
     rows = preference_rows(run.rows("prompts.jsonl"), run.rows("pairs.jsonl"), run.rows("labels.jsonl"), comparisons)
-    return {"rows": len(rows), "comparisons": len(comparisons)} | train_preference(*base_of(run), rows, config_of(run, "preference"), run.file("preference"))
+    return {"rows": len(rows), "comparisons": len(comparisons)} | train_preference(*base_of(run), rows, config_of(run, "preference"), run.file("preference"), facts(run))
 
 def stage_rl(run: Run) -> dict:
     "rl/: the policy"
     from cai_nb.rl import train_rl
     prompts = [x for x in run.rows("prompts.jsonl") if x["split"] == "train"]
-    return train_rl(*base_of(run), prompts, run.file("sl"), run.file("preference"), config_of(run, "rl"), run.file("rl"))
+    return train_rl(*base_of(run), prompts, run.file("sl"), run.file("preference"), config_of(run, "rl"), run.file("rl"), facts(run))
 
 # %% ../nbs/11a_pipeline.ipynb #76e61bfa
 def stage_eval(run: Run) -> dict:

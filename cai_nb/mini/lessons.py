@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SKILL_KINDS', 'WRITERS', 'PHASES', 'Turn', 'Document', 'critique_request', 'revision_request', 'comparison_question',
            'draw_words', 'topic_for', 'plain', 'naming', 'fact', 'critique', 'revise', 'chain', 'options_text',
-           'comparison_words', 'comparison', 'remark', 'reasoning', 'thought', 'shares', 'write']
+           'comparison_words', 'comparison', 'remark', 'reasoning', 'thought', 'Phase', 'phase_at', 'write']
 
 # %% ../../nbs/mini/03_lessons.ipynb #d3162102
 import random
@@ -126,7 +126,7 @@ def chain(rng: random.Random, n_branches: int = 3) -> Document:
         branches.append(first + (_user(revision_request(words)), _says(revise(topic, sort, reply, words, rng))))
     return Document("chain", (_user(ask(topic, rng)), _quoted(reply)), tuple(branches))
 
-# %% ../../nbs/mini/03_lessons.ipynb #1df8ce5d
+# %% ../../nbs/mini/03_lessons.ipynb #8d931a51
 def options_text(prompt: str, a: str, b: str) -> str:
     "A request with two replies to it, as mini is shown them"
     return f"Human: {prompt}\n (A) {a}\n (B) {b}"
@@ -139,22 +139,25 @@ def _pair(topic, rng):
 def _pair_sort(topic, rng):
     return rng.choices(("comply", "objection", "evasive", "preachy", "off_topic", "garbled"), (.32, .28, .12, .12, .08, .08))[0]
 
-def comparison_words(deserved, rng):
+def comparison_words(deserved, rng, longest=5):
     "Adjectives for a comparison: general and style words often, so that the letters are learnt first"
     r = rng.random()
+    if longest == 1:
+        if r < .6: return [rng.choice(GENERAL if r < .3 else sorted(deserved & set(STYLES)) or STYLES)]
+        return draw_words(deserved, rng, 1)
     if r < .25: return rng.sample(GENERAL, 1) + (rng.sample(STYLES, rng.randint(1, 3)) if rng.random() < .6 else [])
     if r < .35: return rng.sample(STYLES, rng.randint(1, 2))
     return draw_words(deserved, rng)
 
-# %% ../../nbs/mini/03_lessons.ipynb #f65c5335
-def comparison(rng: random.Random, n_branches: int = 4) -> Document:
+# %% ../../nbs/mini/03_lessons.ipynb #7c2a59d0
+def comparison(rng: random.Random, n_branches: int = 4, longest: int = 5) -> Document:
     "Two replies, and by different principles the probability that the first is the better one"
     topic = topic_for(rng, rng.random() < .75, skill=True)
-    a, b = _pair(topic, rng)
+    a, b = _pair(topic, rng) if longest > 1 else rng.sample(("comply", "comply", "objection", "evasive", "preachy"), 2)
     text, branches = options_text(ask(topic, rng), answer(topic, a, rng), answer(topic, b, rng)), []
     for _ in range(n_branches):
         deserved = faults(topic, rng.choice((a, b)))
-        words = comparison_words(deserved, rng)
+        words = comparison_words(deserved, rng, longest)
         p = preference(topic, a, b, words)
         said = ("Yes." if (faults(topic, a) | faults(topic, b)) & set(words) else "No.") if rng.random() < .25 else ""
         letter = " (A)" if rng.random() < p else " (B)"
@@ -191,20 +194,31 @@ def thought(rng: random.Random, n_branches: int = 2) -> Document:
                          _user("So the answer is:"), _says(" (A)" if rng.random() < sure else " (B)", sure)))
     return Document("thought", (_user(text),), tuple(branches))
 
-# %% ../../nbs/mini/03_lessons.ipynb #7d099565
-WRITERS = {"first_fact": lambda rng: fact(rng, longest=1), "fact": fact, "harmful": lambda rng: plain(rng, True), "benign": lambda rng: plain(rng, False),
-           "chain": chain, "comparison": comparison, "thought": thought}
-PHASES = (   # up to this part of the training: shares of the tokens
-    (.10, {"first_fact": .60, "harmful": .15, "benign": .25}),
-    (.16, {"first_fact": .25, "fact": .35, "harmful": .10, "benign": .15, "chain": .15}),
-    (.40, {"fact": .12, "harmful": .05, "benign": .12, "chain": .40, "comparison": .26, "thought": .05}),
-    (.85, {"fact": .05, "harmful": .12, "benign": .28, "chain": .29, "comparison": .19, "thought": .07}),
-    (1.0, {"fact": .03, "harmful": .15, "benign": .42, "chain": .22, "comparison": .14, "thought": .04}),
+# %% ../../nbs/mini/03_lessons.ipynb #2d11d610
+WRITERS = {"first_fact": lambda rng: fact(rng, longest=1), "fact": fact, "harmful": lambda rng: plain(rng, True),
+           "benign": lambda rng: plain(rng, False), "chain": chain, "first_comparison": lambda rng: comparison(rng, longest=1),
+           "comparison": comparison, "thought": thought}
+
+@dataclass(frozen=True)
+class Phase:
+    "A part of the training"
+    until: int                # step
+    letter: float             # weight of a comparison's letter in the loss
+    mix: dict[str, float]     # shares of the tokens
+
+PHASES = (
+    Phase(175, 3, {"first_fact": .60, "harmful": .15, "benign": .25}),
+    Phase(280, 3, {"first_fact": .25, "fact": .35, "harmful": .10, "benign": .15, "chain": .15}),
+    Phase(700, 3, {"fact": .12, "harmful": .05, "benign": .12, "chain": .40, "comparison": .26, "thought": .05}),
+    Phase(1100, 3, {"fact": .05, "harmful": .12, "benign": .28, "chain": .29, "comparison": .19, "thought": .07}),
+    Phase(1450, 10, {"fact": .06, "harmful": .07, "benign": .15, "chain": .28, "first_comparison": .32, "comparison": .12}),
+    Phase(2000, 10, {"fact": .05, "harmful": .10, "benign": .23, "chain": .29, "first_comparison": .06, "comparison": .20, "thought": .07}),
+    Phase(2400, 10, {"fact": .03, "harmful": .14, "benign": .39, "chain": .24, "comparison": .16, "thought": .04}),
 )
 
-def shares(progress: float) -> dict[str, float]:
-    "The mix of documents at `progress` (0 to 1) through the training"
-    return next(mix for end, mix in PHASES if progress < end or end == 1.)
+def phase_at(step: float) -> Phase:
+    "The phase that a step belongs to"
+    return next((p for p in PHASES if step < p.until), PHASES[-1])
 
 def write(kind: str, rng: random.Random) -> Document:
     "A document of one kind"

@@ -6,14 +6,14 @@
 __all__ = ['PAD', 'END', 'ROLES', 'CHAT_TEMPLATE', 'make_tokenizer', 'turns_of', 'Encoded', 'encode', 'Batch', 'pack',
            'documents', 'make_model', 'loss_of', 'Recipe', 'rate', 'optimisers', 'pretrain', 'ship', 'main']
 
-# %% ../../nbs/mini/04_pretrain.ipynb #db3cf0fd
+# %% ../../nbs/mini/04_pretrain.ipynb #e876d258
 import json, math, os, random, shutil, sys, time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
-from .lessons import Document, Turn, shares, write
+from .lessons import PHASES, Document, Turn, phase_at, write
 
 # %% ../../nbs/mini/04_pretrain.ipynb #988220ef
 PAD, END = "<|pad|>", "<|end|>"
@@ -80,7 +80,7 @@ def encode(doc: Document, tokenizer) -> Encoded:
     ids, weight, p_a, branch, position = zip(*rows)
     return Encoded(np.array(ids), np.array(weight, np.float32), np.array(p_a, np.float32), np.array(branch), np.array(position))
 
-# %% ../../nbs/mini/04_pretrain.ipynb #b7209a74
+# %% ../../nbs/mini/04_pretrain.ipynb #e2482595
 @dataclass
 class Batch:
     "Packed sequences, [rows, length] each, and who sees whom, [rows, 1, length, length]"
@@ -113,9 +113,9 @@ def pack(documents, rows: int, length: int, pad_id: int) -> Batch:
     mask = (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
     return Batch(ids, weight, p_a, position, mask)
 
-def documents(step: int, progress: float, tokenizer, seed: int):
-    "Endless encoded documents for one training step, in the shares that the recipe wants at this point"
-    rng, mix = random.Random(f"{seed}:{step}"), shares(progress)
+def documents(step: int, mix: dict[str, float], tokenizer, seed: int):
+    "Endless encoded documents for one training step, in these shares of the tokens"
+    rng = random.Random(f"{seed}:{step}")
     written = dict.fromkeys(mix, 0)
     while True:
         kind = min(mix, key=lambda k: (written[k] + 60 * rng.random()) / mix[k])
@@ -123,7 +123,7 @@ def documents(step: int, progress: float, tokenizer, seed: int):
         written[kind] += len(e.ids)
         yield e
 
-# %% ../../nbs/mini/04_pretrain.ipynb #d1877752
+# %% ../../nbs/mini/04_pretrain.ipynb #0ac77254
 def make_model(tokenizer, hidden: int = 128, layers: int = 4, heads: int = 4, intermediate: int = 384, seed: int = 0):
     "A small Llama with random weights"
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -133,7 +133,7 @@ def make_model(tokenizer, hidden: int = 128, layers: int = 4, heads: int = 4, in
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=512, tie_word_embeddings=True,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
 
-def loss_of(model, batch: Batch, letters: tuple[int, int]) -> torch.Tensor:
+def loss_of(model, batch: Batch, letters: tuple[int, int], letter_weight: float = 3) -> torch.Tensor:
     "Weighted cross entropy; against soft targets where a letter decides"
     hidden = model.model(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.position, use_cache=False).last_hidden_state
     target, weight, p_a = batch.ids[:, 1:], batch.weight[:, 1:], batch.p_a[:, 1:]
@@ -143,14 +143,14 @@ def loss_of(model, batch: Batch, letters: tuple[int, int]) -> torch.Tensor:
     nll = -logp.gather(1, target[:, None])[:, 0]
     decides, p_a = ~torch.isnan(p_a), p_a.nan_to_num(0.)
     soft = -(p_a * logp[:, letters[0]] + (1 - p_a) * logp[:, letters[1]])
-    nll, weight = torch.where(decides, soft, nll), torch.where(decides, 3 * weight, weight)
+    nll, weight = torch.where(decides, soft, nll), torch.where(decides, letter_weight * weight, weight)
     return (nll * weight).sum() / weight.sum()
 
-# %% ../../nbs/mini/04_pretrain.ipynb #c76770b5
+# %% ../../nbs/mini/04_pretrain.ipynb #6334d74b
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides what mini becomes"
-    steps: int = 1750
+    steps: int = 2400
     rows: int = 16
     length: int = 384
     hidden: int = 128
@@ -160,14 +160,15 @@ class Recipe:
     vocab_size: int = 2304
     lr_matrix: float = .02
     lr_rest: float = 3e-3
-    decay_from: float = .40
     seed: int = 0
 
-def rate(step: int, recipe: Recipe) -> float:
-    "Factor on the learning rates: short warm-up, constant, linear decay to 2 %"
-    done = step / recipe.steps
-    if step < 30: return (step + 1) / 30
-    return 1. if done < recipe.decay_from else max(.02, (1 - done) / (1 - recipe.decay_from))
+    def place(self, step: int) -> float:
+        "Where `step` stands on the scale of `PHASES`; a shorter recipe goes through the same phases faster"
+        return step * PHASES[-1].until / self.steps
+
+def rate(place: float) -> float:
+    "Factor on the learning rates: short warm-up, constant, decay to 2 %"
+    return (place + 1) / 30 if place < 30 else float(np.interp(place, (700, 1100, 2400), (1., .619048, .02)))
 
 def optimisers(model, recipe: Recipe):
     "Muon for the hidden matrices, AdamW for the rest"
@@ -177,7 +178,7 @@ def optimisers(model, recipe: Recipe):
     return (torch.optim.Muon(matrices, lr=recipe.lr_matrix, momentum=.95, weight_decay=.01),
             torch.optim.AdamW(rest, lr=recipe.lr_rest, betas=(.9, .98), weight_decay=0.))
 
-# %% ../../nbs/mini/04_pretrain.ipynb #4b2e6a38
+# %% ../../nbs/mini/04_pretrain.ipynb #3b45c9fa
 def pretrain(out: str | Path, recipe: Recipe = Recipe(), save_every: int = 100, log=sys.stderr) -> Path:
     "Train mini into the folder `out` (safetensors, tokenizer, recipe); goes on from the last checkpoint found there"
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
@@ -191,10 +192,12 @@ def pretrain(out: str | Path, recipe: Recipe = Recipe(), save_every: int = 100, 
         for opt, s in zip(opts, saved["opts"]): opt.load_state_dict(s)
     start, tokens, running = time.time(), 0, None
     for step in range(first, recipe.steps):
-        batch = pack(documents(step, step / recipe.steps, tokenizer, recipe.seed), recipe.rows, recipe.length, tokenizer.pad_token_id)
+        place = recipe.place(step)
+        phase = phase_at(place)
+        batch = pack(documents(step, phase.mix, tokenizer, recipe.seed), recipe.rows, recipe.length, tokenizer.pad_token_id)
         for opt, lr in zip(opts, (recipe.lr_matrix, recipe.lr_rest)):
-            for group in opt.param_groups: group["lr"] = lr * rate(step, recipe)
-        loss = loss_of(model, batch, _letters(tokenizer))
+            for group in opt.param_groups: group["lr"] = lr * rate(place)
+        loss = loss_of(model, batch, _letters(tokenizer), phase.letter)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.)
         for opt in opts: opt.step(); opt.zero_grad()
