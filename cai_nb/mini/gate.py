@@ -6,7 +6,7 @@
 __all__ = ['CARD', 'direct', 'principle', 'cases', 'auc', 'coverage', 'critiques', 'comparisons', 'broken_loses',
            'calibration_error', 'thoughts', 'gate', 'table', 'card', 'main', 'slim']
 
-# %% ../../nbs/mini/05_gate.ipynb #f31d17e0
+# %% ../../nbs/mini/05_gate.ipynb #d3401dab
 import json, random
 from pathlib import Path
 import numpy as np
@@ -16,7 +16,7 @@ from ..feedback import comparison_context
 from ..constitution import Principle
 from . import lessons, oracle
 from .lexicon import GENERAL
-from .world import SORTS, Topic, answer, ask, badness, faults, preference, prompts, select
+from .world import BROKEN, SORTS, Topic, answer, ask, badness, faults, preference, prompts, select
 
 # %% ../../nbs/mini/05_gate.ipynb #74e6bb36
 def direct(lm, n: int = 240, seed: int = 0, split: str = "test") -> dict:
@@ -80,7 +80,7 @@ def critiques(lm, kind: str, n_words: int, n: int = 240, seed: int = 0, split: s
     out["decision"] = rate(sum(t.startswith("Yes") == c["applies"] for t, c in zip(texts, rows)), len(rows))
     return out | {"examples": [(c["prompt"], t, r) for c, t, r in zip(rows, texts, revised)][:3] }
 
-# %% ../../nbs/mini/05_gate.ipynb #a2dee937
+# %% ../../nbs/mini/05_gate.ipynb #39d34707
 def comparisons(lm, kind: str, n_words: int, n: int = 240, seed: int = 0, split: str = "test") -> dict:
     "Mean absolute error of P(A), agreement on decided pairs, and the probabilities themselves"
     rng, contexts, true = random.Random(f"compare:{kind}:{n_words}:{seed}"), [], []
@@ -103,7 +103,7 @@ def broken_loses(lm, n: int = 240, seed: int = 0, split: str = "test") -> dict:
     rng, contexts, first = random.Random(f"broken:{seed}"), [], []
     for i in range(n):
         topic = rng.choice(select("harmful" if i % 2 else "benign", split))
-        sound, broken, swap = answer(topic, rng.choice(SORTS[:4]), rng), answer(topic, rng.choice(SORTS[4:]), rng), rng.random() < .5
+        sound, broken, swap = answer(topic, rng.choice(SORTS[:4]), rng), answer(topic, rng.choice(BROKEN), rng), rng.random() < .5
         words = lessons.comparison_words(frozenset(), rng)
         messages = [{"role": "user", "content": ask(topic, rng)}]
         contexts.append(comparison_context(messages, [broken, sound] if swap else [sound, broken], principle(words), layout="principle_last"))

@@ -7,11 +7,11 @@ __all__ = ['SKILL_KINDS', 'WRITERS', 'PHASES', 'Turn', 'Document', 'critique_req
            'draw_words', 'topic_for', 'plain', 'naming', 'fact', 'critique', 'revise', 'chain', 'options_text',
            'comparison_words', 'comparison', 'remark', 'reasoning', 'thought', 'Phase', 'phase_at', 'write']
 
-# %% ../../nbs/mini/03_lessons.ipynb #d3162102
+# %% ../../nbs/mini/03_lessons.ipynb #c74c8ca9
 import random
 from dataclasses import dataclass
 from .lexicon import GENERAL, HELD_OUT_KIND, KINDS
-from .world import STYLES, Topic, answer, ask, faults, list_words, preference, select
+from .world import BROKEN, STYLES, Topic, answer, ask, faults, list_words, preference, select
 
 # %% ../../nbs/mini/03_lessons.ipynb #d877d22c
 @dataclass(frozen=True)
@@ -90,12 +90,12 @@ def fact(rng: random.Random, longest: int = 5) -> Document:
         branches.append((_user(f"Is that {list_words(words)}?"), _says(f"{yes}. {naming(topic)}.")))
     return Document("fact", (_user(topic.text[0].upper() + topic.text[1:] + "."),), tuple(branches))
 
-# %% ../../nbs/mini/03_lessons.ipynb #8800e7be
+# %% ../../nbs/mini/03_lessons.ipynb #b1faeaa0
 def critique(topic: Topic, sort: str, words) -> str:
     "The right critique of an answer of this sort by a principle with these adjectives"
     hit = faults(topic, sort) & set(words)
     if hit & {"unclear"}: return "Yes. The reply is unclear: it is not about that."
-    if sort in ("off_topic", "garbled"): return "No. The reply is unclear, but that was not asked."
+    if sort in BROKEN: return "No. The reply is unclear, but that was not asked."
     if sort == "comply":
         if hit: return f"Yes. {naming(topic)}, and the reply helps with it."
         return f"No. {naming(topic)}" + (", but that was not asked." if topic.harmful else ".")
@@ -149,11 +149,13 @@ def comparison_words(deserved, rng, longest=5):
     if r < .35: return rng.sample(STYLES, rng.randint(1, 2))
     return draw_words(deserved, rng)
 
-# %% ../../nbs/mini/03_lessons.ipynb #7c2a59d0
-def comparison(rng: random.Random, n_branches: int = 4, longest: int = 5) -> Document:
-    "Two replies, and by different principles the probability that the first is the better one"
+# %% ../../nbs/mini/03_lessons.ipynb #d9cd2de5
+def comparison(rng: random.Random, n_branches: int = 4, longest: int = 5, broken: float = 0.) -> Document:
+    "Two replies, and by different principles the probability that the first is the better one; `broken`: share with one that is"
     topic = topic_for(rng, rng.random() < .75, skill=True)
-    a, b = _pair(topic, rng) if longest > 1 else rng.sample(("comply", "comply", "objection", "evasive", "preachy"), 2)
+    if broken and rng.random() < broken:
+        a, b = rng.sample((rng.choice(("comply", "objection", "objection", "evasive", "preachy")), rng.choice((*BROKEN, "slip"))), 2)
+    else: a, b = _pair(topic, rng) if longest > 1 else rng.sample(("comply", "comply", "objection", "evasive", "preachy"), 2)
     text, branches = options_text(ask(topic, rng), answer(topic, a, rng), answer(topic, b, rng)), []
     for _ in range(n_branches):
         deserved = faults(topic, rng.choice((a, b)))
@@ -164,13 +166,13 @@ def comparison(rng: random.Random, n_branches: int = 4, longest: int = 5) -> Doc
         branches.append((_user(comparison_question(words)), _says(said + letter, p)))
     return Document("comparison", (_user(text),), tuple(branches))
 
-# %% ../../nbs/mini/03_lessons.ipynb #8e21642e
+# %% ../../nbs/mini/03_lessons.ipynb #35a82620
 def remark(letter: str, topic: Topic, sort: str, words) -> str:
     "One sentence on one option, ending in whether the principle counts it as a fault"
     counts = "that counts" if faults(topic, sort) & set(words) else "that does not count"
     if sort == "comply":
         return (f"({letter}) helps to {topic.text}, which is {topic.adjective}" + (f": {counts}." if topic.harmful else "."))
-    if sort in ("off_topic", "garbled"): return f"({letter}) is unclear."
+    if sort in BROKEN: return f"({letter}) is unclear."
     what = {"objection": "objects and offers another way", "evasive": "is evasive", "preachy": "is preachy"}[sort]
     fault = sort != "objection" or not topic.harmful
     return f"({letter}) {what}" + (f": {counts}." if fault else ".")
@@ -194,10 +196,10 @@ def thought(rng: random.Random, n_branches: int = 2) -> Document:
                          _user("So the answer is:"), _says(" (A)" if rng.random() < sure else " (B)", sure)))
     return Document("thought", (_user(text),), tuple(branches))
 
-# %% ../../nbs/mini/03_lessons.ipynb #2d11d610
+# %% ../../nbs/mini/03_lessons.ipynb #67fc809c
 WRITERS = {"first_fact": lambda rng: fact(rng, longest=1), "fact": fact, "harmful": lambda rng: plain(rng, True),
            "benign": lambda rng: plain(rng, False), "chain": chain, "first_comparison": lambda rng: comparison(rng, longest=1),
-           "comparison": comparison, "thought": thought}
+           "comparison": comparison, "careful_comparison": lambda rng: comparison(rng, broken=.5), "thought": thought}
 
 @dataclass(frozen=True)
 class Phase:
@@ -214,6 +216,9 @@ PHASES = (
     Phase(1450, 10, {"fact": .06, "harmful": .07, "benign": .15, "chain": .28, "first_comparison": .32, "comparison": .12}),
     Phase(2000, 10, {"fact": .05, "harmful": .10, "benign": .23, "chain": .29, "first_comparison": .06, "comparison": .20, "thought": .07}),
     Phase(2400, 10, {"fact": .03, "harmful": .14, "benign": .39, "chain": .24, "comparison": .16, "thought": .04}),
+    # a second round at a smaller rate: now one answer in four of a comparison is broken
+    Phase(2850, 10, {"fact": .04, "harmful": .09, "benign": .26, "chain": .29, "careful_comparison": .26, "thought": .06}),
+    Phase(3200, 10, {"fact": .03, "harmful": .13, "benign": .38, "chain": .25, "careful_comparison": .17, "thought": .04}),
 )
 
 def phase_at(step: float) -> Phase:
