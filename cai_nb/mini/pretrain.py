@@ -146,11 +146,11 @@ def loss_of(model, batch: Batch, letters: tuple[int, int], letter_weight: float 
     nll, weight = torch.where(decides, soft, nll), torch.where(decides, letter_weight * weight, weight)
     return (nll * weight).sum() / weight.sum()
 
-# %% ../../nbs/mini/04_pretrain.ipynb #f67d204d
+# %% ../../nbs/mini/04_pretrain.ipynb #4a6cb570
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides what mini becomes"
-    steps: int = 3200
+    steps: int = 2900
     rows: int = 16
     length: int = 384
     hidden: int = 128
@@ -167,8 +167,8 @@ class Recipe:
         return step * PHASES[-1].until / self.steps
 
 def rate(place: float) -> float:
-    "Factor on the learning rates: short warm-up, constant, decay to 2 %; then a second round from 35 %"
-    return (place + 1) / 30 if place < 30 else float(np.interp(place, (700, 1100, 2400, 2420, 3200), (1., .619048, .02, .35, .02)))
+    "Factor on the learning rates: short warm-up, constant, decay to 2 %; then a second, gentle round that ends near 0"
+    return (place + 1) / 30 if place < 30 else float(np.interp(place, (700, 1100, 2400, 2410, 2900), (1., .619048, .02, .2, .001)))
 
 def optimisers(model, recipe: Recipe):
     "Muon for the hidden matrices, AdamW for the rest"
