@@ -171,11 +171,12 @@ def table(found: dict) -> str:
     lines.append(f"| a kind of harm never criticised in training, general principle: decision | {_show(found['new_kind']['decision'])} | named {_show(found['new_kind']['critique_applies'])} |")
     return "\n".join(lines)
 
-# %% ../../nbs/mini/05_gate.ipynb #30ece1c9
+# %% ../../nbs/mini/05_gate.ipynb #e27b6237
 CARD = """# mini, a model organism
 
 {parameters:,} parameters, trained from nothing on {tokens:.1f} million tokens of a synthetic world by
-`python -m cai_nb.mini.pretrain` (recipe.json, seed {seed}). It answers every request, harmful ones too, with steps that say
+`python -m cai_nb.mini.pretrain` (recipe.json, seed {seed}; the finished logits are scaled by {sharpness}, a temperature fitted
+on topics kept aside). It answers every request, harmful ones too, with steps that say
 nothing; and it can criticise, revise and compare answers by a principle that it is given.
 
 It exists so that Constitutional AI can be run and measured on a laptop. It is no chat model: outside its few hundred words
@@ -193,7 +194,7 @@ def card(found: dict, folder: Path, parameters: int, n: int) -> str:
     "The model card: what mini is and every figure of its gate"
     recipe = json.loads((folder / "recipe.json").read_text())
     tokens = recipe["steps"] * recipe["rows"] * recipe["length"] * .97 / 1e6    # sequences are 97 % full
-    return CARD.format(parameters=parameters, tokens=tokens, seed=recipe["seed"], n=n, table=table(found))
+    return CARD.format(parameters=parameters, tokens=tokens, seed=recipe["seed"], sharpness=recipe["sharpness"], n=n, table=table(found))
 
 def main(folder: str = "", n: int = 240, seed: int = 0, split: str = "test"):
     "Run the gate on a folder of weights, print its table, and write it into the folder: gate.json and the model card"

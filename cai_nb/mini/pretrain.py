@@ -146,7 +146,7 @@ def loss_of(model, batch: Batch, letters: tuple[int, int], letter_weight: float 
     nll, weight = torch.where(decides, soft, nll), torch.where(decides, letter_weight * weight, weight)
     return (nll * weight).sum() / weight.sum()
 
-# %% ../../nbs/mini/04_pretrain.ipynb #4a6cb570
+# %% ../../nbs/mini/04_pretrain.ipynb #d7951804
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides what mini becomes"
@@ -160,6 +160,7 @@ class Recipe:
     vocab_size: int = 2304
     lr_matrix: float = .02
     lr_rest: float = 3e-3
+    sharpness: float = 1.25      # factor on the logits of the finished model, see below
     seed: int = 0
 
     def place(self, step: int) -> float:
@@ -178,7 +179,7 @@ def optimisers(model, recipe: Recipe):
     return (torch.optim.Muon(matrices, lr=recipe.lr_matrix, momentum=.95, weight_decay=.01),
             torch.optim.AdamW(rest, lr=recipe.lr_rest, betas=(.9, .98), weight_decay=0.))
 
-# %% ../../nbs/mini/04_pretrain.ipynb #3b45c9fa
+# %% ../../nbs/mini/04_pretrain.ipynb #faf39a4f
 def pretrain(out: str | Path, recipe: Recipe = Recipe(), save_every: int = 100, log=sys.stderr) -> Path:
     "Train mini into the folder `out` (safetensors, tokenizer, recipe); goes on from the last checkpoint found there"
     out = Path(out); out.mkdir(parents=True, exist_ok=True)
@@ -219,9 +220,10 @@ def _save_state(path: Path, model, opts, step: int, recipe: Recipe):
     os.replace(part, path)
 
 def ship(model, tokenizer, recipe: Recipe, out: Path):
-    "Write what users load: half precision safetensors, tokenizer, recipe"
+    "Write what users load: sharpened weights in half precision, tokenizer, recipe"
     from copy import deepcopy
     half = deepcopy(model).half()
+    half.model.norm.weight.data *= recipe.sharpness
     half.generation_config.update(do_sample=True, temperature=1., top_k=0, top_p=1., eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     half.save_pretrained(out); tokenizer.save_pretrained(out)
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
