@@ -180,6 +180,6 @@ def _fail(message: str) -> None:
     print(f"cai-nb: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
-# %% ../nbs/13_cli.ipynb #24244cfa
-if __name__ == "__main__":
+# %% ../nbs/13_cli.ipynb #ea94266a
+if __name__ == "__main__" and "__file__" in globals():   # not in a notebook
     main()

@@ -211,7 +211,7 @@ def slim(found):
     "The figures without the examples and the single probabilities"
     return {k: slim(v) for k, v in found.items() if k not in ("examples", "p", "true")} if isinstance(found, dict) else found
 
-# %% ../../nbs/mini/05_gate.ipynb #7dfb8628
-if __name__ == "__main__":
+# %% ../../nbs/mini/05_gate.ipynb #889bcc7e
+if __name__ == "__main__" and "__file__" in globals():   # not in a notebook
     import typer
     typer.run(main)

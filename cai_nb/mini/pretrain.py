@@ -235,7 +235,7 @@ def main(out: str = "", seed: int = 0, steps: int = 0, threads: int = 0):
     recipe = Recipe(seed=seed, **({"steps": steps} if steps else {}))
     print(f"mini is ready in {pretrain(out or Path(__file__).parent / 'weights', recipe)}")
 
-# %% ../../nbs/mini/04_pretrain.ipynb #7dfb8628
-if __name__ == "__main__":
+# %% ../../nbs/mini/04_pretrain.ipynb #889bcc7e
+if __name__ == "__main__" and "__file__" in globals():   # not in a notebook
     import typer
     typer.run(main)

@@ -26,7 +26,7 @@ def ship_run(run: str | Path, out: str | Path | None = None) -> Path:
     for name in ("eval/metrics.json", "manifest.json", "constitution.yaml", "recipe.yaml"): shutil.copy(run / name, out / Path(name).name)
     return out
 
-# %% ../../nbs/mini/06_shipped.ipynb #9b833854
-if __name__ == "__main__":
+# %% ../../nbs/mini/06_shipped.ipynb #85f7c050
+if __name__ == "__main__" and "__file__" in globals():   # not in a notebook
     import sys
     print(f"shipped: {ship_run(sys.argv[1])}")
