@@ -165,7 +165,7 @@ def train_prompts(run: Run, kind: str) -> list[dict]:
     "Training prompts of one kind"
     return [x for x in run.rows("prompts.jsonl") if x["kind"] == kind and x["split"] == "train"]
 
-# %% ../nbs/11a_pipeline.ipynb #b2e839e0
+# %% ../nbs/11a_pipeline.ipynb #4e9b2bba
 def flag_of(run: Run):
     "What marks replies that mini could not understand, if mini is the base"
     if run.recipe["base"] != "mini": return None
@@ -197,6 +197,8 @@ def stage_sl(run: Run) -> dict:
     from cai_nb.sl import sl_rows, train_sl
     config = config_of(run, "sl")
     rows, counts = sl_rows(run.rows("prompts.jsonl"), run.rows("chains.jsonl"), run.rows("helpful.jsonl"), config.n_revisions, config.helpful_ratio)
+    if not counts["revisions"]:
+        say(f"      warning: all {counts['revisions_flagged']} revisions are flagged (see chains.jsonl), so SL-CAI learns from helpful replies alone")
     return counts | train_sl(*base_of(run), rows, config, run.file("sl"), facts(run))
 
 # %% ../nbs/11a_pipeline.ipynb #28741f13
