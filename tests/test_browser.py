@@ -38,6 +38,7 @@ def visit(browser, server):
     def open_page(size="desktop", scheme="light"):
         width, height = SIZES[size]
         page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        page.set_default_timeout(120_000)  # a machine may be busy with other tests
         page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda e: complaints.append(str(e)))
         page.on("request", lambda r: None if r.url.startswith((server[0], "data:", "blob:")) else complaints.append(r.url))
