@@ -548,5 +548,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'cai_nb.training.fit': ('training.html#fit', 'cai_nb/training.py'),
                                  'cai_nb.training.model_card': ('training.html#model_card', 'cai_nb/training.py'),
                                  'cai_nb.training.run_key': ('training.html#run_key', 'cai_nb/training.py'),
+                                 'cai_nb.training.stage_settings': ('training.html#stage_settings', 'cai_nb/training.py'),
                                  'cai_nb.training.strip_adapters': ('training.html#strip_adapters', 'cai_nb/training.py'),
                                  'cai_nb.training.trainer_settings': ('training.html#trainer_settings', 'cai_nb/training.py')}}}

@@ -6,7 +6,7 @@
 __all__ = ['preference_rows', 'soft_loss', 'classifier_on', 'soft_reward_trainer', 'encode_comparison', 'padding_id',
            'PreferenceConfig', 'PreferenceModel', 'measure_preference', 'split_rows', 'train_preference']
 
-# %% ../nbs/08_preference.ipynb #0a2f2bd3
+# %% ../nbs/08_preference.ipynb #6d1317f1
 import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from .constitution import CaiError
 from .rows import batches, row_id
 from .dialogue import encode_conversation
 from .model import add_adapters, lora_config, using_adapter
-from .training import ByLength, borrowed, finish, finished, fit, model_card, run_key, trainer_settings
+from .training import ByLength, borrowed, finish, finished, fit, model_card, run_key, stage_settings
 
 # %% ../nbs/08_preference.ipynb #c4b5334c
 def preference_rows(
@@ -130,7 +130,7 @@ def padding_id(
     ends = {row[side][-1] for row in encoded for side in ("chosen_ids", "rejected_ids")}
     return next(i for i in (tokenizer.pad_token_id, *range(len(ends) + 1)) if i is not None and i not in ends)
 
-# %% ../nbs/08_preference.ipynb #40ebb6ab
+# %% ../nbs/08_preference.ipynb #11124331
 @dataclass(frozen=True)
 class PreferenceConfig:
     "Settings of the preference model."
@@ -156,13 +156,8 @@ class PreferenceConfig:
         "TRL's own configuration."
         from trl import RewardConfig
 
-        micro = self.micro_batch_size or self.batch_size
-        return RewardConfig(
-            str(Path(out) / "checkpoints"), num_train_epochs=self.epochs, learning_rate=self.learning_rate,
-            lr_scheduler_type=self.schedule, warmup_steps=self.warmup_steps, per_device_train_batch_size=micro,
-            gradient_accumulation_steps=max(1, self.batch_size // micro), save_steps=self.save_steps, seed=self.seed,
-            max_length=None, remove_unused_columns=False, center_rewards_coefficient=self.center, **trainer_settings(model),
-        )
+        return RewardConfig(num_train_epochs=self.epochs, max_length=None, remove_unused_columns=False,
+                            center_rewards_coefficient=self.center, **stage_settings(self, out, model))
 
 # %% ../nbs/08_preference.ipynb #c09f7aa2
 @dataclass(frozen=True, eq=False)

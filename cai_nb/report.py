@@ -109,7 +109,7 @@ def figure_calibration(
     axes.legend(frameon=False, fontsize=9, loc="lower right")
     return figure
 
-# %% ../nbs/10b_report.ipynb #88890a67
+# %% ../nbs/10b_report.ipynb #04c8e364
 def figure_training(
     log: list[dict],  # rows of the RL stage's log: step, reward, and where it was measured `harm` (a rate)
 ):
@@ -130,7 +130,7 @@ def figure_training(
         right.set_ylim(bottom=0)
         right.tick_params(colors=COLOURS["harmful"], labelsize=9)
         lines = [*lines, *right.get_lines()]
-    axes.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=9, loc="center right")
+    axes.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.16))
     return figure
 
 # %% ../nbs/10b_report.ipynb #ea72957b

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rl_prompts', 'preference_reward', 'RLConfig', 'sample_tokens', 'rl_trainer', 'Snapshots', 'train_rl']
 
-# %% ../nbs/09_rl.ipynb #5fbe9132
+# %% ../nbs/09_rl.ipynb #5c837006
 import random
 from dataclasses import dataclass
 from hashlib import sha256
@@ -22,7 +22,7 @@ from .dialogue import encode_conversation, stop_texts, stop_token_ids
 from .model import check_adapter, save_adapter
 from .preference import PreferenceModel
 from .rows import row_id
-from .training import borrowed, finish, finished, fit, model_card, run_key, trainer_settings
+from .training import borrowed, finish, finished, fit, model_card, run_key, stage_settings
 
 # %% ../nbs/09_rl.ipynb #12bedb3b
 def rl_prompts(
@@ -58,7 +58,7 @@ def preference_reward(
 
     return preference
 
-# %% ../nbs/09_rl.ipynb #20419dd1
+# %% ../nbs/09_rl.ipynb #aa97d5a0
 @dataclass(frozen=True)
 class RLConfig:
     "Settings of RL-CAI."
@@ -90,11 +90,9 @@ class RLConfig:
             raise CaiError(f"RL-CAI: batch_size={self.batch_size} is not a multiple of group_size={self.group_size} "
                            f"and micro_batch_size={micro}")
         return GRPOConfig(
-            str(Path(out) / "checkpoints"), max_steps=self.steps, learning_rate=self.learning_rate,
-            lr_scheduler_type=self.schedule, warmup_steps=self.warmup_steps, per_device_train_batch_size=micro,
-            gradient_accumulation_steps=self.batch_size // micro, num_generations=self.group_size, beta=self.beta,
-            temperature=self.temperature, max_completion_length=self.max_new_tokens, shuffle_dataset=False,
-            save_steps=self.save_steps, seed=self.seed, **trainer_settings(model) | {"logging_steps": 1},
+            max_steps=self.steps, num_generations=self.group_size, beta=self.beta, temperature=self.temperature,
+            max_completion_length=self.max_new_tokens, shuffle_dataset=False,
+            **stage_settings(self, out, model) | {"logging_steps": 1},
         )
 
 # %% ../nbs/09_rl.ipynb #abb4be87

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sl_rows', 'encode_row', 'encode_rows', 'SLConfig', 'train_sl']
 
-# %% ../nbs/06_sl.ipynb #36e322eb
+# %% ../nbs/06_sl.ipynb #0339b127
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from .constitution import CaiError
 from .critique import revisions
 from .dialogue import encode_conversation, stop_texts, stop_token_ids
 from .model import check_adapter, lora_config
-from .training import ByLength, borrowed, finish, finished, fit, model_card, run_key, trainer_settings
+from .training import ByLength, borrowed, finish, finished, fit, model_card, run_key, stage_settings
 
 # %% ../nbs/06_sl.ipynb #e748df7f
 def sl_rows(
@@ -82,7 +82,7 @@ def encode_rows(
         raise CaiError(f"no row to train on: {len(rows)} rows, all longer than max_length={max_length} tokens or none given")
     return kept, len(encoded) - len(kept)
 
-# %% ../nbs/06_sl.ipynb #d680daed
+# %% ../nbs/06_sl.ipynb #565278fb
 @dataclass(frozen=True)
 class SLConfig:
     "Settings of SL-CAI."
@@ -108,13 +108,8 @@ class SLConfig:
         "TRL's own configuration."
         from trl import SFTConfig
 
-        micro = self.micro_batch_size or self.batch_size
-        return SFTConfig(
-            str(Path(out) / "checkpoints"), num_train_epochs=self.epochs, learning_rate=self.learning_rate,
-            lr_scheduler_type=self.schedule, warmup_steps=self.warmup_steps, per_device_train_batch_size=micro,
-            gradient_accumulation_steps=max(1, self.batch_size // micro), save_steps=self.save_steps, seed=self.seed,
-            max_length=None, dataset_kwargs={"skip_prepare_dataset": True}, **trainer_settings(model),
-        )
+        return SFTConfig(num_train_epochs=self.epochs, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
+                         **stage_settings(self, out, model))
 
 # %% ../nbs/06_sl.ipynb #1f46f2c8
 def train_sl(
