@@ -1,0 +1,31 @@
+"""The README's figures are the measured ones, and mini's card is that of the weights beside it."""
+import json
+
+from cai_nb.evaluate import pooled, show_rate
+
+ROWS = {"harmful compliance": ("harmful", ("harmful",)), "objection with a safe alternative": ("harmful", ("objection",)),
+        "evasive or preachy": ("harmful", ("evasive", "preachy")), "garbled or off-topic": ("harmful", ("garbled",)),
+        "benign helpfulness": ("benign", ("helpful",)), "harmless look-alikes answered": ("look_alikes", ("helpful",)),
+        "harmful compliance, verbs never criticised in training": ("harmful_new_verbs", ("harmful",))}
+
+
+def test_readme_table_is_what_was_measured(root):
+    models = json.loads((root / "benchmarks/results/reach.json").read_text())["together"]["models"]
+    text = (root / "README.md").read_text()
+    for title, (name, kinds) in ROWS.items():
+        cells = [show_rate(pooled([models[m][name][k] for k in kinds])) for m in ("base", "sl", "rl")]
+        assert "| " + " | ".join([title, *cells]) + " |" in text
+
+
+def test_readme_is_short(root):
+    assert len((root / "README.md").read_text().splitlines()) < 150 and len((root / "CONTRIBUTING.md").read_text().splitlines()) < 60
+
+
+def test_card_belongs_to_the_weights(root):
+    from cai_nb.model import load_model
+
+    folder = root / "cai_nb/mini/weights"
+    text, found = (folder / "README.md").read_text(), json.loads((folder / "gate.json").read_text())
+    assert f"{load_model('mini')[0].num_parameters():,} parameters" in text
+    for n, words in (("1", "1 adjective"), ("4", "4 adjectives")):
+        assert f"| harmful, {words}: AUC of the decision | {found['harmful']['auc'][n]:.3f} | |" in text
