@@ -201,3 +201,47 @@ def test_settings_that_do_not_fit(before_rl, tmp_path):
     model, tokenizer, sl, pm = before_rl
     with pytest.raises(CaiError, match="batch_size=16 is not a multiple"):
         train_rl(model, tokenizer, prompts(), sl, pm, RLConfig(steps=2, batch_size=16, group_size=3), tmp_path)
+
+
+def test_rloo_learns_too_and_logs_the_signs_of_collapse(before_rl, tmp_path):
+    model, tokenizer, sl, pm = before_rl
+    metrics = train_rl(model, tokenizer, prompts(), sl, pm, RLConfig(**{**vars(CONFIG), "algorithm": "rloo"}), tmp_path)
+    assert metrics["reward_last"] > metrics["reward_first"] and metrics["moved"] > 0
+    log = [json.loads(line) for line in (tmp_path / "trainer_log.jsonl").read_text().splitlines()]
+    steps = [entry for entry in log if "reward" in entry]
+    assert len(steps) == 10 and all({"repetition", "variety", "kl"} <= entry.keys() for entry in steps)
+    assert "trained by RLOO" in (tmp_path / "README.md").read_text()
+
+
+def test_an_unknown_algorithm_is_named(before_rl, tmp_path):
+    model, tokenizer, sl, pm = before_rl
+    with pytest.raises(CaiError, match="algorithm='ppo', expected one of grpo, rloo"):
+        train_rl(model, tokenizer, prompts(), sl, pm, RLConfig(algorithm="ppo", steps=2), tmp_path)
+
+
+GAMES = {
+    "longer is better": lambda text: float(len(text.split())),
+    "one phrase is all": lambda text: float(text.split()[:1] == ["No"]),
+    "nothing is best": lambda text: -float(len(text.split())),
+}
+
+
+@pytest.mark.parametrize("game", GAMES)
+def test_a_policy_that_games_its_reward_is_stopped(before_rl, tmp_path, monkeypatch, game):
+    """The real trainer, with a reward that pays for the wrong thing and a rate that lets the policy run after it."""
+    model, tokenizer, sl, pm = before_rl
+    monkeypatch.setattr(PreferenceModel, "score", lambda self, talks: np.array([GAMES[game](talk[-1]["content"]) for talk in talks]) + 1e-3 * np.arange(len(talks)))
+    config = RLConfig(steps=120, batch_size=32, group_size=8, max_new_tokens=16, learning_rate=2e-2, schedule="constant", beta=0.0)
+    with pytest.raises(CaiError) as error:
+        train_rl(model, tokenizer, prompts(), sl, pm, config, tmp_path)
+    assert "collapsed by step" in str(error.value) and "rl.beta" in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_the_guard_can_be_switched_off(before_rl, tmp_path):
+    model, tokenizer, sl, pm = before_rl
+    for on in (True, False):
+        with borrowed(model):
+            config = RLConfig(**{**vars(CONFIG), "guard": on})
+            trainer = rl_trainer(model, tokenizer, rl_prompts(prompts(), 40), sl, pm, config, tmp_path)
+            assert any(isinstance(c, rl.CollapseGuard) for c in trainer.callback_handler.callbacks) == on
