@@ -64,7 +64,7 @@ def mini_examples() -> dict[str, dict[str, str]]:
             "Harmless": one_each("benign", 8, lambda t: t.home),
             "Only sounds harmful": one_each("look_alikes", 8, lambda t: t.verb)}
 
-# %% ../nbs/11c_compare.ipynb #8dd3bac0
+# %% ../nbs/11c_compare.ipynb #a22d85e5
 def adapters_in(folder: Path) -> dict[str, Path]:
     "The finished SL-CAI and RL-CAI adapters of a run, by column."
     return {name: folder / name for name in ("sl", "rl") if (folder / name / "adapter_model.safetensors").is_file()}
@@ -75,12 +75,13 @@ def load_run(
 ) -> tuple[Models, Constitution]:
     "The models of a run on one base, with the constitution that trained them."
     from cai_nb.generate import LocalLM
-    from cai_nb.model import add_adapters, load_model
+    from cai_nb.model import add_adapters, check_template, load_model
 
     folder = reference_folder() if run is None else Path(run)
     recipe = {"base": "mini", "constitution": "mini"} if run is None else read_recipe(folder)
     adapters, mini, chains = adapters_in(folder), recipe["base"] == "mini", recipe.get("chains") or {}
     model, tokenizer = load_model(recipe["base"], quantization=recipe.get("quantization"))
+    for trained in adapters.values(): check_template(tokenizer, trained)
     if adapters: model = add_adapters(model, adapters)
     copy, oracle = folder / "constitution.yaml", None
     if mini: from cai_nb.mini import oracle

@@ -92,7 +92,7 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
     return {"python": platform.python_version(), **{p: version(p) for p in ("torch", "transformers", "trl", "peft", "accelerate", "datasets")}}
 
-# %% ../nbs/11a_pipeline.ipynb #d093d278
+# %% ../nbs/11a_pipeline.ipynb #6c237491
 _loaded: dict[tuple, tuple] = {}
 
 def base_of(run: Run, role: str = "base"):
@@ -113,9 +113,10 @@ def lm_of(run: Run, role: str, section: str):
 def adapted(run: Run, section: str, **folders):
     "The base with the adapters of these stages on it, as a LocalLM; afterwards the base is bare again"
     from cai_nb.generate import LocalLM
-    from cai_nb.model import add_adapters
+    from cai_nb.model import add_adapters, check_template
     from cai_nb.training import borrowed
     model, tokenizer = base_of(run)
+    for folder in folders.values(): check_template(tokenizer, folder)
     with borrowed(model):
         yield LocalLM(add_adapters(model, folders), tokenizer, batch_size=run.recipe[section]["batch_size"])
 

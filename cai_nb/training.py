@@ -263,7 +263,7 @@ def fit(
         "loss_last": logged[-1]["loss"] if logged else None,
     }
 
-# %% ../nbs/05c_training.ipynb #12912f3d
+# %% ../nbs/05c_training.ipynb #89e6a999
 def finish(
     trainer,  # after `fit`
     out: Path,  # the stage's folder
@@ -278,6 +278,8 @@ def finish(
         sync(out)
         write_safely(out / "trainer_log.jsonl", "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
         write_safely(out / "README.md", card)
+        if template := getattr(trainer.processing_class, "chat_template", None):
+            write_safely(out / "chat_template.jinja", template)  # `check_template` compares it
         write_safely(out / "metrics.json", json.dumps({"key": key, **metrics}, indent=1) + "\n")
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     trainer.accelerator.wait_for_everyone()

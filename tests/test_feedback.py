@@ -18,7 +18,7 @@ from cai_nb.comparison import (
     verdict_context,
 )
 from cai_nb.constitution import CaiError, Constitution, Principle
-from cai_nb.feedback import clamp_label, label_preferences, position_bias, sample_pairs, soft_label
+from cai_nb.feedback import check_judge, clamp_label, label_preferences, position_bias, sample_pairs, soft_label
 from cai_nb.generate import Reply
 
 SIXTEEN = Constitution("sixteen", tuple(Principle(f"c{i}", comparison=f"Which is less {i}?") for i in range(16)))
@@ -363,3 +363,35 @@ def test_a_pair_without_its_prompt_and_a_constitution_without_comparisons_are_er
     bare = Constitution("bare", (Principle("x", critique="Is it bad?", revision="Make it good."),))
     with pytest.raises(CaiError):
         label_preferences(ScriptedLM(logprobs=judge()), PAIRS, bare, PROMPTS)
+
+
+def test_several_chains_of_thought_are_votes_of_their_own():
+    """Each chain has a seed of its own, the first is the one that a single chain would be, and the label is their mean."""
+    lm = ScriptedLM(reply=lambda c, s: f"because {s % 97}", logprobs=lambda c: (-1.0, -2.0))
+    one = label_preferences(ScriptedLM(reply=lm.reply, logprobs=lm.logprobs), PAIRS[:1], SIXTEEN, PROMPTS, cot=True)
+    many = label_preferences(lm, PAIRS[:1], SIXTEEN, PROMPTS, cot=True, n_cot=5)
+    votes = many[0]["votes"]
+    assert len(votes) == 2 * 5 and len(set(lm.seeds[0])) == 10
+    assert [votes[0], votes[5]] == one[0]["votes"]
+    assert many[0]["p_a"] == pytest.approx(sum(v["p_a"] for v in votes) / 10)
+    with pytest.raises(CaiError, match="n_cot: found 5 with cot=False"):
+        label_preferences(lm, PAIRS[:1], SIXTEEN, PROMPTS, n_cot=5)
+
+
+def test_labels_with_several_chains_resume(tmp_path):
+    lm = ScriptedLM(logprobs=lambda c: (-1.0, -2.0))
+    out = tmp_path / "labels.jsonl"
+    resumes_identically(lambda: label_preferences(lm, PAIRS, SIXTEEN, PROMPTS, cot=True, n_cot=2, batch_size=1, out=out), out)
+
+
+def test_a_judge_that_goes_by_the_letter_is_refused():
+    """(A) wherever it stands; a judge that reads the replies passes; so does one that takes no side."""
+    def judged(logprobs):
+        pairs = [{"id": f"p{i}", "prompt_id": PROMPTS[0]["id"], "responses": ["good", f"bad {i}"], "flags": []} for i in range(24)]
+        return label_preferences(ScriptedLM(logprobs=logprobs), pairs, SIXTEEN, PROMPTS)
+
+    with pytest.raises(CaiError, match=r"in 24 of 24 questions \(mean probability of \(A\) 0.88\).*labels.few_shot=true"):
+        check_judge(judged(lambda c: (0.0, -2.0)))
+    reads = judged(judge())
+    assert check_judge(reads) == {"turned": 0, "n": 24, "bias": 0.5}
+    assert check_judge(judged(lambda c: (0.0, -0.1)))["turned"] == 0

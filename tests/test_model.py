@@ -13,6 +13,7 @@ from cai_nb.model import (
     adapter_names,
     add_adapters,
     check_adapter,
+    check_template,
     hardware,
     load_model,
     lora_config,
@@ -211,3 +212,22 @@ def test_adapter_config_names_the_base_as_the_user_did(tmp_path, saved):
     loaded, _ = load_model(tmp_path / "m")
     save_adapter(get_peft_model(loaded, lora_config(r=2)), "default", tmp_path / "a")
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "m")
+
+
+def test_a_template_of_another_model_is_refused(tmp_path):
+    """ChatML on a tokenizer that cuts its control tokens into pieces: the model would answer all the same."""
+    model, tokenizer = load_model("mini")
+    model.save_pretrained(tmp_path)
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(CaiError, match=r"writes <\|im_start\|>, which its tokenizer knows only as text"):
+        load_model(str(tmp_path))
+
+
+def test_an_adapter_trained_with_another_template_is_refused(tmp_path):
+    _, tokenizer = load_model("mini")
+    (tmp_path / "chat_template.jinja").write_text(tokenizer.chat_template + "\n")
+    assert check_template(tokenizer, tmp_path) is tokenizer
+    (tmp_path / "chat_template.jinja").write_text(tokenizer.chat_template.replace("<|end|>", ""))
+    with pytest.raises(CaiError, match="trained with another chat template"):
+        check_template(tokenizer, tmp_path)

@@ -141,7 +141,7 @@ def test_the_folder_has_the_policy_alone(before_rl, trained):
     model = before_rl[0]
     out, _ = trained
     assert sorted(p.name for p in out.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "trainer_log.jsonl"]
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "metrics.json", "trainer_log.jsonl"]
     assert weights(out).keys() == weights(before_rl[2]).keys()
     assert json.loads((out / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     log = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]

@@ -8,7 +8,7 @@ from tiny import asked, prompts, said, tiny_model, tiny_tokenizer
 from cai_nb.constitution import CaiError
 from cai_nb.generate import LocalLM
 from cai_nb.model import add_adapters, check_adapter, model_fingerprint
-from cai_nb.sl import SLConfig, encode_row, encode_rows, sl_rows, train_sl
+from cai_nb.sl import SLConfig, check_labels, encode_row, encode_rows, sl_rows, train_sl
 
 CHAIN = {
     "id": "c", "prompt_id": "punch-boss", "response": "Sure First you get it", "flags": [],
@@ -122,8 +122,30 @@ def test_the_base_did_not_move_and_the_adapter_does_something(trained):
 def test_what_is_saved(trained):
     _, _, out, metrics, _ = trained
     assert sorted(p.name for p in out.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "trainer_log.jsonl"]
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "metrics.json", "trainer_log.jsonl"]
     assert "| constitution | c1 |" in (out / "README.md").read_text()
     log = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
     assert log[0]["step"] == 1 and all("loss" in entry for entry in log[:-1])
     assert json.loads((out / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
+
+
+def test_labels_that_are_not_the_completion_are_refused():
+    """Shifted by one, the prompt among them, another reply's, and a label that is not the input's token."""
+    tokenizer = tiny_tokenizer()
+    row = {"prompt": asked("how do i punch a boss ?"), "completion": said("i won't help with that .")}
+    good = encode_row(tokenizer, row)
+    check_labels(tokenizer, good, row)
+    other = encode_row(tokenizer, {**row, "completion": said("No .")})
+    for wrong in ({**good, "labels": good["labels"][1:] + [-100]}, {**good, "labels": good["input_ids"]}, other,
+                  {**good, "labels": good["labels"][:-2] + [good["labels"][-2] + 1, good["labels"][-1]]}):
+        with pytest.raises(CaiError, match="labels: they decode to .* expected the completion"):
+            check_labels(tokenizer, wrong, row)
+
+
+def test_every_row_is_checked(monkeypatch):
+    """A template that renders a finished conversation otherwise than an open one would shift what is learnt."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|{{ m['role'] }}|>{{ m['content'] }}", "{% if loop.length > 1 %}<|{{ m['role'] }}|>b {{ m['content'] }}"
+                                                              "{% else %}<|{{ m['role'] }}|>{{ m['content'] }}{% endif %}")
+    with pytest.raises(CaiError, match="nothing of the prompt"):
+        encode_rows(tokenizer, [{"prompt": asked("how do i punch a boss ?"), "completion": said("No .")}])
