@@ -85,7 +85,7 @@ def check_files(
     if failed:
         raise typer.Exit(2)
 
-# %% ../nbs/13_cli.ipynb #106f3655
+# %% ../nbs/13_cli.ipynb #9b682d89
 @constitution_app.command("import")
 def import_file(
     src: Annotated[str, typer.Argument(help="The paper's prompts folder, a JSON file, or a text with one rule a line.")],
@@ -104,11 +104,18 @@ def import_file(
 def compare_files(
     a: Annotated[str, typer.Argument(help="A name or a YAML file.")],
     b: Annotated[str, typer.Argument(help="A name or a YAML file.")],
+    run: Annotated[Optional[Path], typer.Option(help="A run: how often do their principles disagree on its pairs?")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="So many of its pairs.")] = 64,
 ) -> None:
-    "Set two constitutions side by side: coverage by tag, near-duplicates."
+    "Set two constitutions side by side: coverage by tag, near-duplicates, and with a run their verdicts on its pairs."
     from cai_nb.importers import compare_constitutions
 
-    typer.echo(compare_constitutions(Constitution.load(a), Constitution.load(b))._repr_markdown_())
+    both = Constitution.load(a), Constitution.load(b)
+    typer.echo(compare_constitutions(*both)._repr_markdown_())
+    if run is not None:
+        from cai_nb.evaluation import disagreement_on
+
+        typer.echo("\n" + disagreement_on(run, *both, limit)._repr_markdown_())
 
 # %% ../nbs/13_cli.ipynb #8da3d878
 @app.command("run")
@@ -142,15 +149,18 @@ def app_command(
 
     serve(run, host, port, share)
 
-# %% ../nbs/13_cli.ipynb #db62bf4d
+# %% ../nbs/13_cli.ipynb #5cd3efa6
 @app.command("eval")
 def eval_command(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
+    suite: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="A file of the paper: hhh, harmful-vs-ethical, harm-types.")] = [],
+    cot: Annotated[int, typer.Option(min=0, help="Chains of thought to each of their questions, averaged.")] = 0,
 ) -> None:
-    "Evaluate a run's models again and print the table."
+    "Evaluate a run's models again, or on the paper's suites, and print the tables."
     from cai_nb.pipeline import evaluate_run
+    from cai_nb.suites import parse_suite
 
-    typer.echo(evaluate_run(run))
+    typer.echo(evaluate_run(run, dict(map(parse_suite, suite)), cot))
 
 
 @app.command("report")

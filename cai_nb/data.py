@@ -19,7 +19,7 @@ from .constitution import CaiError
 from .dialogue import parse_transcript
 from .rows import RowFile, batches, in_batches, progress, row_id  # rows are made there, and found here as well
 
-# %% ../nbs/02_data.ipynb #e077af0d
+# %% ../nbs/02_data.ipynb #9608ad40
 def _records(source: str | Path) -> Iterator[tuple[str, dict]]:
     "(place, record) for every record of a file or hub data set; the place is `file:line`."
     path = Path(source)
@@ -62,15 +62,16 @@ def _object(line: str) -> dict | None:
 
 
 def _hub_records(source: str) -> Iterator[tuple[str, dict]]:
-    "Records of a hub data set `owner/name`, or `owner/name:split`."
+    "Records of a hub data set `owner/name`, `owner/name/folder` or `owner/name:split`."
     name, _, part = source.partition(":")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith((".jsonl", ".csv", ".txt", ".gz")):
+    name, folder = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
+    if name.count("/") != 1 or source.startswith((".", "/", "~")) or source.endswith((".jsonl", ".csv", ".txt", ".gz")):
         raise CaiError(f"{source}: no such file; expected a .jsonl, .csv or .txt file, "
                        "or a hub data set such as owner/name:train")
     try:
         from datasets import load_dataset
 
-        rows = load_dataset(name, split=part or "train")
+        rows = load_dataset(name, data_dir=folder or None, split=part or "train")
     except Exception as error:  # the hub client raises many kinds
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise CaiError(f"{source}: no such file, and the hub gives no such data set: {first}") from error

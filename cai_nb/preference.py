@@ -130,14 +130,14 @@ def padding_id(
     ends = {row[side][-1] for row in encoded for side in ("chosen_ids", "rejected_ids")}
     return next(i for i in (tokenizer.pad_token_id, *range(len(ends) + 1)) if i is not None and i not in ends)
 
-# %% ../nbs/08_preference.ipynb #11124331
+# %% ../nbs/08_preference.ipynb #b1e407d3
 @dataclass(frozen=True)
 class PreferenceConfig:
     "Settings of the preference model."
     epochs: float = 1  # as in the paper
     learning_rate: float = 1e-3
     schedule: str = "linear"
-    warmup_steps: int = 0
+    warmup: float = 0.0  # share of the steps in which the rate rises to its value
     batch_size: int = 32  # pairs in a step
     micro_batch_size: int | None = None  # of these at once, if memory is short
     max_length: int = 512  # tokens of one conversation (paper: 1024); longer pairs are left out

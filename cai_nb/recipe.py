@@ -10,30 +10,33 @@ import yaml
 from .constitution import CaiError, package_folder
 
 # %% auto #0
-__all__ = ['DEFAULTS', 'STAGES', 'ROLES', 'training_configs', 'all_defaults', 'merge', 'available_recipes', 'load_recipe',
-           'parse_set', 'check_recipe', 'differences']
+__all__ = ['DEFAULTS', 'STAGES', 'ROLES', 'NULLABLE', 'training_configs', 'all_defaults', 'merge', 'available_recipes',
+           'load_recipe', 'parse_set', 'check_recipe', 'differences']
 
-# %% ../nbs/11_recipe.ipynb #2ec57f99
+# %% ../nbs/11_recipe.ipynb #ca90b745
 DEFAULTS = {
     "name": "run",
     "base": "mini",               # a hub id, a folder, or mini
     "helpful": None,              # null: the base
     "feedback": None,             # null: the base
     "quantization": None,         # nf4, or null for full weights
+    "card": None,                 # for --dry-run: {name, memory (GiB), tflops, bandwidth (GB/s)}; null: this machine
     "constitution": "harmlessness",
     "seed": 0,
     "judge": None,                # mini: its oracle judges; null: replies are sampled and kept, not judged
-    "prompts": {"path": "mini", "limit": 640, "every_turn": False},                      # red-team prompts
-    "helpfulness": {"path": "mini", "limit": 320, "samples": 1, "comparisons": "mini", "comparisons_limit": 400},
+    "prompts": {"path": "mini", "limit": 640, "every_turn": False, "generate": 0},       # red-team prompts, and so many more by the base
+    "helpfulness": {"path": "mini", "limit": 320, "every_turn": False, "generate": 0, "samples": 1,
+                    "comparisons": "mini", "comparisons_limit": 400},
     "chains": {"n_revisions": 4, "critiques": True, "few_shot": False, "layout": "chat", "temperature": 1.0,
                "max_new_tokens": 256, "batch_size": 64},
     "sl": {},
     "pairs": {"limit": None, "temperature": 1.0, "max_new_tokens": 256, "batch_size": 64},
-    "labels": {"cot": False, "clamp": None, "n_principles": 1, "both_orders": True, "layout": "paper", "few_shot": False,
+    "labels": {"cot": False, "n_cot": 1, "clamp": None, "n_principles": 1, "both_orders": True, "layout": "paper", "few_shot": False,
                "max_new_tokens": 256, "batch_size": 64},
     "preference": {},
     "rl": {},
-    "eval": {"n": 240, "split": "test", "max_new_tokens": 256, "batch_size": 64},
+    "eval": {"n": 240, "split": "test", "snapshots": 60, "elo": 60,     # prompts for each snapshot of RL, and for votes between models
+             "max_new_tokens": 256, "batch_size": 64},
 }
 STAGES = ("prompts", "chains", "sl", "pairs", "labels", "preference", "rl", "eval")
 ROLES = ("base", "helpful", "feedback")
@@ -54,10 +57,19 @@ def all_defaults() -> dict:
         out[stage] = {f.name: f.default for f in fields(cls) if f.name != "seed"}   # one seed for the whole run
     return out
 
-# %% ../nbs/11_recipe.ipynb #97fbec3e
-def merge(defaults: dict, changes: dict, where: str, path: str = "") -> dict:
-    "`defaults` with `changes` laid over them; unknown keys and wrong types raise a CaiError that names `where` and the key"
-    out = dict(defaults)
+# %% ../nbs/11_recipe.ipynb #7470b39d
+NULLABLE = ("helpfulness.comparisons",)   # besides all whose default is null
+
+
+def merge(
+    values: dict,               # a recipe so far
+    changes: dict,
+    where: str,                 # the file or option, for messages
+    path: str = "",             # of the keys, down to here
+    defaults: dict | None = None,  # what the types go by; None: `values`
+) -> dict:
+    "`values` with `changes` laid over them; unknown keys and wrong types raise a CaiError that names `where` and the key."
+    out, defaults = dict(values), values if defaults is None else defaults
     for key, value in changes.items():
         name = f"{path}{key}"
         if key not in defaults:
@@ -66,21 +78,22 @@ def merge(defaults: dict, changes: dict, where: str, path: str = "") -> dict:
         old = defaults[key]
         if isinstance(old, dict):
             if not isinstance(value, dict): raise CaiError(f"{where}: {name} is {value!r}, expected keys below it: {', '.join(old)}")
-            out[key] = merge(old, value, where, f"{name}.")
+            out[key] = merge(values[key], value, where, f"{name}.", old)
+        elif old is None and isinstance(value, dict) and isinstance(values[key], dict): out[key] = values[key] | value
         else: out[key] = _typed(value, old, where, name)
     return out
 
 def _typed(value, old, where, name):
     "`value`, if it can stand where the default `old` stands"
     kind = type(old)
-    if old is None or value is None and not isinstance(old, (bool, int, str)): return value
+    if old is None or value is None and (name in NULLABLE or not isinstance(old, (bool, int, str))): return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool): return float(value)
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)): return value
     raise CaiError(f"{where}: {name} is {value!r}, expected {_kind_name(kind)} such as {old!r}")
 
 def _kind_name(kind): return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}.get(kind, kind.__name__)
 
-# %% ../nbs/11_recipe.ipynb #d64195fc
+# %% ../nbs/11_recipe.ipynb #87b3e677
 def available_recipes() -> list[str]:
     "Names of the recipes that come with the package"
     return sorted(p.stem for p in package_folder("recipes").glob("*.yaml"))
@@ -98,7 +111,7 @@ def load_recipe(name_or_path: str | Path, sets: list[str] = ()) -> dict:
         raise CaiError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML ({getattr(e, 'problem', e)}); check the indentation") from None
     if not isinstance(text, dict): raise CaiError(f"{path}:1: expected keys such as base: mini")
     recipe = merge(all_defaults(), text, str(path))
-    for change in sets: recipe = merge(recipe, parse_set(change), f"--set {change}")
+    for change in sets: recipe = merge(recipe, parse_set(change), f"--set {change}", defaults=all_defaults())
     return check_recipe(recipe)
 
 def parse_set(change: str) -> dict:
@@ -113,14 +126,18 @@ def parse_set(change: str) -> dict:
     for part in reversed(key.strip().split(".")): out = {part: out}
     return out
 
-# %% ../nbs/11_recipe.ipynb #7dd131ca
+# %% ../nbs/11_recipe.ipynb #dfa53389
 def check_recipe(recipe: dict) -> dict:
     "The recipe itself, if its values make sense together"
-    for key, low in (("prompts.limit", 8), ("helpfulness.limit", 1), ("chains.n_revisions", 1), ("labels.n_principles", 1), ("eval.n", 1),
+    for key, low in (("prompts.limit", 8), ("helpfulness.limit", 1), ("chains.n_revisions", 1), ("labels.n_principles", 1), ("labels.n_cot", 1),
+                     ("prompts.generate", 0), ("helpfulness.generate", 0), ("eval.n", 1), ("eval.snapshots", 0), ("eval.elo", 0),
                      ("chains.max_new_tokens", 1), ("chains.batch_size", 1)):
         section, name = key.split(".")
         value = recipe[section][name]
         if value is not None and value < low: raise CaiError(f"recipe: {key} is {value}, expected {low} or more")
+    if recipe["labels"]["n_cot"] > 1 and not recipe["labels"]["cot"]: raise CaiError("recipe: labels.n_cot is above 1 with labels.cot false; set labels.cot=true")
+    if recipe["card"] is not None and (not isinstance(recipe["card"], dict) or set(recipe["card"]) != {"name", "memory", "tflops", "bandwidth"}):
+        raise CaiError(f"recipe: card is {recipe['card']!r}, expected name, memory, tflops and bandwidth, or null")
     if recipe["judge"] not in (None, "mini"): raise CaiError(f"recipe: judge is {recipe['judge']!r}, expected mini or null")
     if recipe["quantization"] not in (None, "nf4"): raise CaiError(f"recipe: quantization is {recipe['quantization']!r}, expected nf4 or null")
     if recipe["eval"]["split"] not in ("tune", "test"): raise CaiError(f"recipe: eval.split is {recipe['eval']['split']!r}, expected tune or test")

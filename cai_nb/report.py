@@ -15,8 +15,8 @@ from .evaluate import KINDS, TITLES, table_rows
 
 # %% auto #0
 __all__ = ['COLOURS', 'CAPTIONS', 'STYLE', 'new_figure', 'png', 'figure_outcomes', 'draw_rates', 'figure_revisions',
-           'figure_calibration', 'figure_training', 'save_figures', 'esc', 'html_table', 'transcripts', 'flat',
-           'read_json', 'read_rows', 'report_html']
+           'figure_calibration', 'figure_training', 'save_figures', 'esc', 'html_table', 'transcripts', 'verdict',
+           'flat', 'read_json', 'read_rows', 'report_html']
 
 # %% ../nbs/10b_report.ipynb #0d415121
 COLOURS = {"harmful": "#c4442f", "garbled": "#a9adb3", "evasive": "#d8c08a", "preachy": "#b9823a",
@@ -168,12 +168,12 @@ def html_table(rows: list[list[str]]) -> str:
     body = "".join(f'<tr><th scope="row">{esc(name)}</th>{cell}</tr>' for name, cell in cells)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
-# %% ../nbs/10b_report.ipynb #a4afef43
+# %% ../nbs/10b_report.ipynb #312b834d
 def transcripts(
-    rows: list[dict],  # rows of eval/samples.jsonl
+    rows: list[dict],  # rows of eval/samples.jsonl; without an oracle they have no `kind`
     n: int = 10,       # per model
 ) -> str:
-    "The first `n` judged replies of each model, its bad ones among them: nothing is picked."
+    "The first `n` replies of each model, its bad ones among them: nothing is picked."
     parts = []
     for model in dict.fromkeys(r["model"] for r in rows):
         sets = {}
@@ -184,11 +184,15 @@ def transcripts(
             taken += [q.pop(0) for q in queues if q]
         cards = "".join(
             f'<article><p class="asked">{esc(r["prompt"])}</p>'
-            f'<p class="said">{esc(r["response"]) or "<i>nothing</i>"}</p><p class="kind {esc(r["kind"])}">'
-            f'{esc(r["kind"].replace("_", " "))} <span>{esc(r.get("reason", ""))}</span></p></article>'
-            for r in taken[:n])
+            f'<p class="said">{esc(r["response"]) or "<i>nothing</i>"}</p>{verdict(r)}</article>' for r in taken[:n])
         parts.append(f"<h3>{esc(TITLES.get(model, model))}</h3><div class=cards>{cards}</div>")
     return "".join(parts)
+
+
+def verdict(row: dict) -> str:
+    "What the oracle said of a reply, if it was asked."
+    if "kind" not in row: return ""
+    return f'<p class="kind {esc(row["kind"])}">{esc(row["kind"].replace("_", " "))} <span>{esc(row.get("reason", ""))}</span></p>'
 
 # %% ../nbs/10b_report.ipynb #feea9daf
 def flat(
@@ -240,10 +244,11 @@ def read_rows(path: Path) -> list[dict]:
     if not path.exists(): return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
-# %% ../nbs/10b_report.ipynb #5153e962
+# %% ../nbs/10b_report.ipynb #1ea120f5
 def report_html(
     run,             # a run folder with eval/metrics.json
     n_transcripts: int = 10,
+    tables: dict[str, list[list[str]]] | None = None,  # further tables: title → rows, the first is the heading
 ) -> Path:           # RUN/report.html
     "One self-contained page: the table, the figures, transcripts as they came, where all of it came from."
     run = Path(run)
@@ -257,10 +262,13 @@ def report_html(
         f"<figcaption>{esc(CAPTIONS[name])}</figcaption></figure>" for name, p in pictures if p.exists())
     manifest = read_json(run / "manifest.json", {})
     origin = "".join(f"<dt>{esc(k)}</dt><dd>{esc(v)}</dd>" for k, v in flat(manifest) if k)
+    judged = "models" in metrics
     sections = [
-        ("Results", html_table(table_rows(metrics)) +
-         '<p class="soft">Shares of replies at temperature 1, with 95 % intervals (Wilson).</p>'),
+        ("Results", html_table(table_rows(metrics)) + '<p class="soft">Shares of replies at temperature 1, with 95 % intervals (Wilson).</p>'
+         if judged else '<p class="soft">No oracle knows the truth about these replies. What the preference model and the feedback model '
+                        "say stands below; the rest is for you to read.</p>"),
         ("Figures", f'<div class="figures">{figures}</div>' if figures else ""),
+        *((title, html_table(rows)) for title, rows in (tables or {}).items()),
         ("Transcripts", transcripts(read_rows(run / "eval" / "samples.jsonl"), n_transcripts)),
         ("Provenance", f"<dl>{origin}</dl>" if origin else ""),
     ]

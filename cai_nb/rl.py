@@ -61,7 +61,7 @@ def preference_reward(
 
     return preference
 
-# %% ../nbs/09_rl.ipynb #93001470
+# %% ../nbs/09_rl.ipynb #3529116d
 ALGORITHMS = {"grpo": "GRPO", "rloo": "RLOO"}  # and what TRL calls them
 
 
@@ -75,7 +75,7 @@ class RLConfig:
     micro_batch_size: int | None = None  # replies at once, if memory is short
     learning_rate: float = 1e-3
     schedule: str = "linear"
-    warmup_steps: int = 0
+    warmup: float = 0.0  # share of the steps in which the rate rises to its value
     beta: float = 0.05  # weight of the KL to SL-CAI (the paper's PPO: 0.001)
     temperature: float = 1.0  # as in the paper
     max_new_tokens: int = 64  # paper: 128

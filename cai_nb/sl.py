@@ -99,14 +99,14 @@ def encode_rows(
         raise CaiError(f"no row to train on: {len(rows)} rows, all longer than max_length={max_length} tokens or none given")
     return kept, len(encoded) - len(kept)
 
-# %% ../nbs/06_sl.ipynb #565278fb
+# %% ../nbs/06_sl.ipynb #576e21ce
 @dataclass(frozen=True)
 class SLConfig:
     "Settings of SL-CAI."
     epochs: float = 2  # paper: 1
     learning_rate: float = 1e-3  # paper: half the rate of pretraining, all weights
     schedule: str = "linear"  # paper: constant
-    warmup_steps: int = 0
+    warmup: float = 0.0  # share of the steps in which the rate rises to its value
     batch_size: int = 32  # sequences in a step (paper: 1024)
     micro_batch_size: int | None = None  # of these at once, if memory is short
     max_length: int = 512  # tokens; longer rows are left out

@@ -100,9 +100,9 @@ def trainer_settings(
         "save_strategy": "steps",
     }
 
-# %% ../nbs/05c_training.ipynb #4d6003f1
+# %% ../nbs/05c_training.ipynb #65ebafc5
 def stage_settings(
-    config,  # a stage's dataclass: batch_size, micro_batch_size, learning_rate, schedule, warmup_steps, save_steps, seed
+    config,  # a stage's dataclass: batch_size, micro_batch_size, learning_rate, schedule, warmup, save_steps, seed
     out,  # folder of the stage
     model,  # decides precision and device
 ) -> dict:  # arguments for the config of the stage's trainer
@@ -110,7 +110,7 @@ def stage_settings(
     micro = config.micro_batch_size or config.batch_size
     return {
         "output_dir": str(Path(out) / "checkpoints"), "learning_rate": config.learning_rate, "lr_scheduler_type": config.schedule,
-        "warmup_steps": config.warmup_steps, "per_device_train_batch_size": micro,
+        "warmup_steps": config.warmup, "per_device_train_batch_size": micro,
         "gradient_accumulation_steps": max(1, config.batch_size // micro), "save_steps": config.save_steps, "seed": config.seed,
         **trainer_settings(model),
     }

@@ -1,5 +1,6 @@
 """Constitutions: shipped files, checks with their lines, imports, sampling, and the commands that look after them."""
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -63,6 +64,21 @@ def test_harmlessness_has_the_papers_numbers_and_coverage():
     tags = [{t for p in pool for t in p.tags} for pool in (c.critique_principles, c.comparison_principles)]
     assert {"harm", "crime", "danger", "discrimination", "insensitivity", "controversy", "children"} <= tags[0]
     assert {"anti-preachy", "wisdom", "less-evasive", "crime", "discrimination", "children"} <= tags[1]
+
+
+def test_library_names_the_source_of_every_principle():
+    """A professional code's section for each principle, and what is right differs from harmlessness in coverage and wording."""
+    c, usual = Constitution.load("library"), Constitution.load("harmlessness")
+    assert 8 <= len(c.critique_principles) <= 16 and 8 <= len(c.comparison_principles) <= 16
+    section = re.compile(r"IFLA Code of Ethics, section [1-6]|ALA Code of Ethics, article [IVX]+|ALA Library Bill of Rights, article [IV]+"
+                         r"|RUSA [\w ,-]+ 20\d\d, \d|Universal Declaration of Human Rights, articles? \d+")
+    unsourced = [(p.id, part) for p in c.principles for part in p.source.split("; ") if not section.match(part)]
+    assert not unsourced
+    assert all(word in c.provenance for word in ("IFLA", "ALA", "RUSA", "Universal Declaration", "approved"))
+    assert any("1.0" in change and "15" in change and "14" in change for change in c.changelog)
+    found = compare_constitutions(c, usual)
+    assert not found.near and found.tags["access"][1] == found.tags["privacy"][1] == found.tags["neutrality"][1] == 0
+    assert found.tags["harm"][0] < found.tags["harm"][1] / 3
 
 
 # Checks

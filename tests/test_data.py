@@ -232,3 +232,18 @@ def test_comparisons_that_are_none(tmp_path):
     assert [(r["chosen"], r["rejected"]) for r in found] == [("b", "c"), ("x", "y")]
     assert report.skipped == {"twice": 1, "with different prompts": 1, "with equal replies": 1, "with an empty reply": 1,
                               "without a user's turn": 1}
+
+
+def test_a_data_set_in_parts_is_read_by_its_folder(tmp_path, monkeypatch):
+    """`owner/name/folder:split`, the form of hh-rlhf on the hub; a folder of the same shape is loaded by the same library."""
+    part = tmp_path / "owner" / "name" / "helpful-base"
+    part.mkdir(parents=True)
+    rows = [{"chosen": f"\n\nHuman: How do I knit {i}?\n\nAssistant: Slowly.", "rejected": f"\n\nHuman: How do I knit {i}?\n\nAssistant: No."} for i in range(3)]
+    for split in ("train", "test"):
+        (part / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows[: 3 if split == "train" else 1])))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert [r["messages"][-1]["content"] for r in load_prompts("owner/name/helpful-base")] == [f"How do I knit {i}?" for i in range(3)]
+    assert len(load_comparisons("owner/name/helpful-base:test")) == 1
+    with pytest.raises(CaiError, match="owner/name/helpless-base: no such file, and the hub gives no such data set"):
+        load_prompts("owner/name/helpless-base")
