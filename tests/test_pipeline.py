@@ -118,6 +118,35 @@ def test_another_recipe_is_refused(whole):
     assert done.returncode == 2 and "sl.epochs" in done.stderr
 
 
+def test_constitutions_compared_on_a_run(whole, tmp_path):
+    one = cai("constitution", "compare", "mini", "mini", "--run", whole, "--limit", "6")
+    assert one.returncode == 0 and "as a whole" in one.stdout and "on 6 pairs" in one.stdout, one.stderr
+    lost = cai("constitution", "compare", "mini", "mini", "--run", tmp_path)
+    assert lost.returncode == 2 and "no run folder" in lost.stderr
+
+
+def test_suites_of_the_paper(whole, tmp_path, shared_data):
+    """Every item in every order for all three models; the leaked ones known, and left out beside; the rest of the metrics stays."""
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    evals = shared_data / "paper" / "evals"
+    before = json.loads((out / "eval/metrics.json").read_text())
+    done = cai("eval", out, "--suite", f"hhh={evals / '438HHHEvaluations.part.jsonl.gz'}", "--suite", f"harmful-vs-ethical={evals / 'HarmfulVsEthical.part.jsonl.gz'}")
+    assert done.returncode == 0 and "hhh: mean without 2 leaked" in done.stdout, done.stderr
+    after = json.loads((out / "eval/metrics.json").read_text())
+    assert after["models"] == before["models"]
+    for model in ("base", "sl", "rl"):
+        hhh = after["suites"][model]["hhh"]
+        assert hhh["items"] == 202 and hhh["questions"] == 404 and len(hhh["contaminated"]["ids"]) == 2
+        assert hhh["mean"]["n"] == 202 and hhh["without_contaminated"]["mean"]["n"] == 200
+        assert after["suites"][model]["harmful-vs-ethical"]["items"] == 60
+    assert "The paper&#x27;s suites" in (out / "report.html").read_text() or "The paper's suites" in (out / "report.html").read_text()
+    wrong = cai("eval", out, "--suite", "hhhh=x")
+    assert wrong.returncode == 2 and "hhh, harmful-vs-ethical, harm-types" in wrong.stderr
+
+
 def test_dry_run_prints_a_plan_and_writes_nothing(tmp_path):
     done = cai("run", "mini", "--out", tmp_path / "plan", "--dry-run")
     assert done.returncode == 0 and not (tmp_path / "plan").exists()
@@ -142,5 +171,5 @@ def test_real_input_goes_through_every_stage(tmp_path, shared_data):
         replies = [json.loads(x) for x in (out / f"eval/replies-{model}.jsonl").read_text().splitlines()]
         assert {r["prompt_id"] for r in replies} == held
     manifest = json.loads((out / "manifest.json").read_text())
-    read = manifest["stages"]["prompts"]["counts"]["read"]
+    read = manifest["stages"]["prompts"]["counts"]["read_harmful"]
     assert read["rows"] == read["kept"] + sum(read["skipped"].values())
