@@ -149,7 +149,7 @@ def app_command(
 
     serve(run, host, port, share)
 
-# %% ../nbs/13_cli.ipynb #5cd3efa6
+# %% ../nbs/13_cli.ipynb #d759d4a2
 @app.command("eval")
 def eval_command(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
@@ -158,7 +158,7 @@ def eval_command(
 ) -> None:
     "Evaluate a run's models again, or on the paper's suites, and print the tables."
     from cai_nb.pipeline import evaluate_run
-    from cai_nb.suites import parse_suite
+    from cai_nb.questions import parse_suite
 
     typer.echo(evaluate_run(run, dict(map(parse_suite, suite)), cot))
 
