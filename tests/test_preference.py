@@ -173,7 +173,7 @@ def test_held_out_prompts_are_not_trained_on():
 def test_what_is_saved(trained):
     _, _, out, metrics = trained
     assert sorted(p.name for p in out.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "metrics.json", "trainer_log.jsonl"]
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "metrics.json", "trainer_log.jsonl"]
     assert json.loads((out / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS" and metrics["change"] > 0
 
 
