@@ -6,14 +6,14 @@
 __all__ = ['LAYOUTS', 'FEW_SHOT', 'META_TALK', 'critique_request', 'revision_request', 'CritiqueExample', 'few_shot_messages',
            'with_examples', 'draw_principles', 'is_meta_talk', 'critique_revise', 'revisions', 'chain_markdown']
 
-# %% ../nbs/05_critique.ipynb #e98e4c54
+# %% ../nbs/05_critique.ipynb #6d01a607
 import random
 import re
 from dataclasses import dataclass
 from functools import partial
 
 from .constitution import CaiError
-from .replies import ask, draw_seed, extra_flags, stored_rows
+from .replies import ask, draw_seed, extra_flags, session, stored_rows
 from .replies import sample_replies  # made there, and found here as well
 from .rows import row_id
 
@@ -202,7 +202,7 @@ def _take_step(prompts, latest, principles, critiques, examples, layout, ask_all
     asked = [revision_request(c, p, s, layout) for c, p, (s, _) in zip(now, principles, said)]
     return said, ask_all("revision", [with_examples(examples, a) for a in asked])
 
-# %% ../nbs/05_critique.ipynb #eeb02877
+# %% ../nbs/05_critique.ipynb #e31fcc19
 def critique_revise(
     lm,  # an `LM`: the helpful-only model, which answers, critiques and revises
     prompts: list,  # rows of prompts.jsonl: `id`, `messages` (ending in a user turn)
@@ -227,6 +227,10 @@ def critique_revise(
     settings = [constitution.digest, n_revisions, critiques, examples, seed, temperature, max_new_tokens, layout]
 
     def work(batch):
+        with session(lm) as reader:  # the conversation is read once, and goes on from there
+            return chains(reader, batch)
+
+    def chains(lm, batch):
         prompts = [u["prompt"] for u in batch]
         rows = [{"id": u["id"], "prompt_id": p["id"], "response": "", "steps": [], "flags": []}
                 for u, p in zip(batch, prompts)]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['roomy_cache', 'next_logits', 'pad_left', 'row_uniforms', 'pick_tokens', 'TextStop', 'text_stop', 'Decoding',
-           'model_lock', 'evaluating']
+           'plain_scores', 'model_lock', 'evaluating']
 
 # %% ../nbs/03b_decoding.ipynb #58df5015
 import hashlib
@@ -131,7 +131,7 @@ def pick_tokens(
     heap = torch.softmax(logits.float() / temperature, -1).cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(heap, u[:, None] * heap[:, -1:], right=True).squeeze(1).clamp_(max=logits.shape[-1] - 1)
 
-# %% ../nbs/03b_decoding.ipynb #cda9c305
+# %% ../nbs/03b_decoding.ipynb #4f82b903
 class TextStop:
     "Ends a reply at words, for templates that have no token for the end of a turn."
 
@@ -143,15 +143,17 @@ class TextStop:
         self.tokenizer, self.texts, self.window = tokenizer, texts, max(map(len, texts)) + 1
         last = {text[-1] for text in texts}
         pieces = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-        self.suspects = torch.tensor([i for i, piece in enumerate(pieces) if piece and last & set(piece)])
+        self.suspects = {i for i, piece in enumerate(pieces) if piece and last & set(piece)}
 
-    def __call__(self, tokens: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-        "Which rows of `tokens` [B, L], whose last column is `chosen` [B], have just ended."
-        ended = torch.isin(chosen, self.suspects.to(chosen.device))
-        for i in ended.nonzero().squeeze(1).tolist():
-            tail = self.tokenizer.decode(tokens[i, -self.window:])
-            ended[i] = any(text in tail for text in self.texts)
-        return ended
+    def __call__(
+        self,
+        tokens: list[int],  # a reply so far
+    ) -> bool:
+        "Whether a reply has just ended; only few tokens can end one, and only then is it decoded."
+        if not tokens or tokens[-1] not in self.suspects:
+            return False
+        tail = self.tokenizer.decode(tokens[-self.window:])
+        return any(text in tail for text in self.texts)
 
     def cut(self, text: str) -> str:
         "A reply without what comes after its end."
@@ -171,7 +173,7 @@ def text_stop(
         known = _text_stops[tokenizer] = TextStop(tokenizer, texts)
     return known if texts else None
 
-# %% ../nbs/03b_decoding.ipynb #9a3bb1eb
+# %% ../nbs/03b_decoding.ipynb #5db4cf83
 class Decoding:
     "A batch while it grows: `tokens` [R, T], `lengths` [R], `done` [R] (ended its turn); R is prompts × samples."
 
@@ -230,13 +232,51 @@ class Decoding:
         self.tokens[rows, step] = torch.where(alive & ~stop, token, self.pad)
         self.lengths[rows] += alive & ~stop
         if self.ended is not None:
-            stop |= self.ended(self.tokens[rows, :step + 1], token)
+            said = self.tokens[rows, :step + 1].tolist()
+            stop |= torch.tensor([self.ended(tokens) for tokens in said], device=stop.device)
         self.done[rows] |= alive & stop
         alive &= ~stop
 
     def replies(self) -> list[list[int]]:
         "The tokens of every row so far, without the one that ended it."
         return [row[:length] for row, length in zip(self.tokens.tolist(), self.lengths.tolist())]
+
+# %% ../nbs/03b_decoding.ipynb #6b54ac9f
+def plain_scores(
+    model,  # a causal language model in eval mode
+    prompts: list[list[int]],  # token ids
+    answers: list[list[int]],  # tokens of each possible answer, at least one each
+    batch_size: int = 64,
+) -> np.ndarray:  # [prompts, answers], float64: log-probability of each answer
+    "How likely each answer is after each prompt, batch by batch."
+    common = 0
+    while all(len(a) > common + 1 and a[common] == answers[0][common] for a in answers):
+        common += 1
+    order, scores = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), np.zeros((len(prompts), len(answers)))
+    for start in range(0, len(order), batch_size):
+        batch = order[start:start + batch_size]
+        scores[batch] = _score_batch(model, [prompts[i] for i in batch], answers, common)
+    return scores
+
+
+def _score_batch(model, prompts: list[list[int]], answers: list[list[int]], common: int) -> np.ndarray:
+    ids, mask, position = pad_left([p + answers[0][:common] for p in prompts], 0, model.device)
+    longest = max(map(len, answers)) - common - 1
+    cache = roomy_cache(model, max(longest, 0))
+    logp = next_logits(model, ids, mask, position, cache, keep=common + 1).float().log_softmax(-1)
+    total = torch.stack([sum(logp[:, k, t].double() for k, t in enumerate(answer[:common + 1])) for answer in answers], 1)
+    if longest > 0:
+        cache.batch_repeat_interleave(len(answers))
+        mask, position = (x.repeat_interleave(len(answers), 0) for x in (mask, position[:, -1:]))
+        rest = [(answer[common:] + [0] * longest)[:longest] for answer in answers] * len(prompts)
+        mask = torch.cat([mask, mask.new_ones(len(rest), longest)], 1)
+        position = position + 1 + torch.arange(longest, device=ids.device)
+        logits = next_logits(model, torch.tensor(rest, device=ids.device), mask, position, cache, keep=longest)
+        logp = logits.float().log_softmax(-1).unflatten(0, (len(prompts), len(answers)))
+        for c, answer in enumerate(answers):
+            for k, token in enumerate(answer[common + 1:]):
+                total[:, c] += logp[:, c, k, token]
+    return total.cpu().numpy()
 
 # %% ../nbs/03b_decoding.ipynb #9f3e8f5c
 _locks = WeakKeyDictionary()

@@ -6,11 +6,11 @@
 __all__ = ['Message', 'PLAIN_TEMPLATE', 'parse_transcript', 'format_transcript', 'encode_text', 'encode_conversation',
            'ensure_chat_template', 'stop_token_ids', 'stop_texts']
 
-# %% ../nbs/01_dialogue.ipynb #518c5483
+# %% ../nbs/01_dialogue.ipynb #87948417
 import json
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from weakref import WeakKeyDictionary
 
 from .constitution import CaiError
@@ -66,7 +66,7 @@ def _defuse(text: str, separators: list[str]) -> str:
             text = text.replace(mark, mark[:1] + " " + mark[1:])
     return text
 
-# %% ../nbs/01_dialogue.ipynb #0824b8b1
+# %% ../nbs/01_dialogue.ipynb #df93a09a
 class _Codec:
     "A tokenizer's control tokens, and its twin without them."
 
@@ -86,6 +86,8 @@ class _Codec:
         spec["post_processor"] = spec["truncation"] = spec["padding"] = None
         self.prefixed = _never_prefix(spec["pre_tokenizer"])
         self.plain = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self.encode = lru_cache(1 << 13)(self._encode)  # few-shot examples and principles come again and again
+        self.pieces = lru_cache(1 << 10)(self._render)  # the template's own text depends on the roles alone
 
     @staticmethod
     def key_of(tokenizer) -> tuple:
@@ -98,8 +100,11 @@ class _Codec:
             unknown = t.convert_tokens_to_ids(model["unk_token"])
         return None if unknown in (t.eos_token_id, t.bos_token_id) else unknown
 
-    def encode(self, text: str) -> list[int]:
-        "Tokens of `text`, none of them control."
+    def _render(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list:
+        return _pieces(self.tokenizer, [{"role": role} for role in roles], add_generation_prompt)
+
+    def _encode(self, text: str) -> list[int]:
+        "Tokens of `text`, none of them control; not to be changed by who gets them."
         text, ids = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), []
         while text:
             encoding = self.plain.encode(text, add_special_tokens=False)
@@ -189,13 +194,13 @@ def _pieces(tokenizer, messages: list[Message], add_generation_prompt: bool) -> 
                        f"({messages[min(lost)]['role']}); use a model whose template keeps it")
     return pieces
 
-# %% ../nbs/01_dialogue.ipynb #03590601
+# %% ../nbs/01_dialogue.ipynb #e8783f2c
 def encode_text(
     tokenizer,  # a fast tokenizer
     text: str,  # any text, as hostile as you like
 ) -> list[int]:  # its tokens; no control token among them
     "Tokens of a text as content: `<|end|>` gives the pieces of its characters, never the token of that name."
-    return _codec(tokenizer).encode(text)
+    return list(_codec(tokenizer).encode(text))
 
 
 def encode_conversation(
@@ -213,7 +218,7 @@ def encode_conversation(
         raise CaiError("a conversation needs messages, and one to be continued ends with the assistant's")
     if continue_final and not messages[-1]["content"].strip():  # nothing to continue: that is the header alone
         messages, continue_final, add_generation_prompt = messages[:-1], False, True
-    pieces = _pieces(tokenizer, messages, add_generation_prompt and not continue_final)
+    pieces = codec.pieces(tuple(m["role"] for m in messages), add_generation_prompt and not continue_final)
     if continue_final:
         last = max(i for i, p in enumerate(pieces) if isinstance(p, _Slot) and p.index == len(messages) - 1)
         pieces = pieces[:last + 1]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['soft_label', 'clamp_label', 'sample_pairs', 'label_preferences', 'position_bias', 'check_judge']
 
-# %% ../nbs/07_feedback.ipynb #582e4923
+# %% ../nbs/07_feedback.ipynb #2817a818
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from .comparison import FEW_SHOT, comparison_text  # made there, and found here as well
 from .comparison import OPTIONS, comparison_context, draw_comparisons, few_shot_messages, verdict_context
 from .constitution import CaiError
-from .replies import ask, draw_seed, extra_flags, stored_rows
+from .replies import ask, draw_seed, extra_flags, session, stored_rows
 from .rows import RowFile, row_id
 
 # %% ../nbs/07_feedback.ipynb #2205c069
@@ -93,7 +93,7 @@ def _count_vote(row, question, p_first, reason, clamp):
     row["votes"].append(vote)
     row["p_a"] = sum(v["p_a"] for v in row["votes"]) / len(row["votes"])
 
-# %% ../nbs/07_feedback.ipynb #911a78fc
+# %% ../nbs/07_feedback.ipynb #0900352b
 def label_preferences(
     lm,  # an `LM`: the feedback model
     pairs: list,  # rows of pairs.jsonl
@@ -127,6 +127,10 @@ def label_preferences(
     _check_stored(out, drawn, cot)
 
     def work(batch):
+        with session(lm) as reader:  # after a chain of thought, the question has been read already
+            return votes(reader, batch)
+
+    def votes(lm, batch):
         questions = [_Question(unit["pair"], *drew) for unit in batch for drew in drawn[unit["id"]]]
         contexts = [[*examples, *q.context(messages[q.pair["prompt_id"]], layout, cot)] for q in questions]
         reasons = [None] * len(questions)

@@ -5,27 +5,22 @@
 # %% auto #0
 __all__ = ['Reply', 'LM', 'flag_reply', 'LocalLM']
 
-# %% ../nbs/04_generate.ipynb #61401195
+# %% ../nbs/04_generate.ipynb #ee1099c1
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
 from .constitution import CaiError
-from cai_nb.decoding import (
-    Decoding,
-    evaluating,
-    model_lock,
-    next_logits,
-    pad_left,
-    roomy_cache,
-    row_uniforms,
-    text_stop,
-)
+from .decoding import Decoding, evaluating, model_lock, plain_scores, row_uniforms, text_stop
 from .dialogue import encode_conversation, encode_text, stop_token_ids
 from .model import adapter_names, using_adapter
+from .session import Growing, Session, score
+from .slots import has_slots
 
 # %% ../nbs/04_generate.ipynb #5e82ea8d
 @dataclass(frozen=True)
@@ -73,18 +68,37 @@ def _repeats(words: list[str], longest: int = 20) -> bool:
                 return True
     return False
 
-# %% ../nbs/04_generate.ipynb #126edd08
+# %% ../nbs/04_generate.ipynb #f4e468c4
 @dataclass(frozen=True, eq=False)
 class LocalLM:
     "A transformers model behind the `LM` seam, with its own decoding loop."
     model: torch.nn.Module  # any causal language model, with or without PEFT adapters
     tokenizer: object  # its fast tokenizer, with a chat template
     adapter: str | None = None  # the adapter that answers; None for the base alone
-    batch_size: int = 64  # rows in a forward pass
+    batch_size: int = 64  # rows in a forward pass, at most
+    memory: Session | None = None  # what this view has read; see `session`
 
     def with_adapter(self, name: str | None) -> "LocalLM":
         "The same model in memory, answering with another adapter."
-        return replace(self, adapter=name)
+        return replace(self, adapter=name, memory=None)
+
+    @contextmanager
+    def session(self) -> "Iterator[LocalLM]":
+        "Within the block, what was read for the i-th conversation of a call is not read again for the i-th of the next."
+        yield replace(self, memory=self._remembering())
+
+    def _remembering(self) -> Session:
+        return Session(self.model, min(self.batch_size, _fitting.get(self.model, self.batch_size)))
+
+    @contextmanager
+    def _ready(self) -> Iterator[Session]:
+        "The model alone, in eval mode, with this view's adapter; and what it has read."
+        memory = self.memory or self._remembering()
+        rows = memory.rows
+        with model_lock(self.model), evaluating(self.model), using_adapter(self.model, self.adapter):
+            yield memory
+        if memory.rows < rows:
+            _fitting[self.model] = memory.rows  # memory ran out: later calls do not try so many again
 
     @property
     def context(self) -> int:
@@ -107,16 +121,17 @@ class LocalLM:
     ) -> list[list[Reply]]:  # in the order of `conversations`, `n` for each
         "Sample replies. What a row says depends on its seed and its conversation, not on its neighbours."
         prompts, seeds = self._prompts(conversations, max_new_tokens), _seeds(seed, len(conversations))
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))
-        size, replies = max(1, self.batch_size // n), [[] for _ in prompts]
-        with model_lock(self.model), evaluating(self.model), using_adapter(self.model, self.adapter):
+        order, replies = list(range(len(prompts))), [[] for _ in prompts]
+        if self.memory is None:  # rows of like length follow each other; with a memory each keeps its place
+            order.sort(key=lambda i: len(prompts[i][0]))
+        size = max(1, len(order) if has_slots(self.model) else self.batch_size // n)
+        with self._ready() as memory:
             for start in range(0, len(order), size):
                 batch = order[start:start + size]
-                state = self._decoding([prompts[i][0] for i in batch], [seeds[i] for i in batch],
-                                       temperature, max_new_tokens, n)
+                state = self._growing(memory, [prompts[i][0] for i in batch], [seeds[i] for i in batch], temperature, max_new_tokens, n)
                 for _ in state.run():
                     pass
-                found = list(zip(self._texts(state), state.done.tolist(), state.lengths.tolist()))
+                found = list(zip(self._texts(state), map(bool, state.done), map(len, state.replies())))
                 for place, i in enumerate(batch):
                     replies[i] = [Reply(text, done, flag_reply(text, done) + prompts[i][1], length)
                                   for text, done, length in found[place * n:place * n + n]]
@@ -131,13 +146,13 @@ class LocalLM:
         answers = [encode_text(self.tokenizer, choice) for choice in choices]
         if not answers or not all(answers):
             raise CaiError(f"choices: expected texts of at least one token, found {choices}")
-        prompts = [tuple(prompt) for prompt, _ in self._prompts(contexts, max(map(len, answers)))]
-        unique, scores = sorted(set(prompts), key=len), {}  # equal contexts are scored once
-        with model_lock(self.model), evaluating(self.model), using_adapter(self.model, self.adapter):
-            for start in range(0, len(unique), self.batch_size):
-                batch = unique[start:start + self.batch_size]
-                scores.update(zip(batch, self._score([list(prompt) for prompt in batch], answers)))
-        return np.array([scores[prompt] for prompt in prompts]).reshape(len(prompts), len(choices))
+        prompts = [prompt for prompt, _ in self._prompts(contexts, max(map(len, answers)))]
+        if not prompts:
+            return np.zeros((0, len(choices)))
+        with self._ready() as memory:
+            if has_slots(self.model):
+                return score(memory, prompts, answers)
+            return plain_scores(self.model, prompts, answers, self.batch_size)
 
     def stream(
         self,
@@ -151,7 +166,7 @@ class LocalLM:
         "All rows grow together in one batch, each with its own adapter. End it by `stop`, or close the iterator."
         names = self._adapters(adapters, len(conversations))
         prompts = [prompt for prompt, _ in self._prompts(conversations, max_new_tokens)]
-        state = self._decoding(prompts, _seeds(seed, len(prompts)), temperature, max_new_tokens, adapters=names)
+        state = self._growing(self._remembering(), prompts, _seeds(seed, len(prompts)), temperature, max_new_tokens, adapters=names)
         steps = state.run()
         while not (stop is not None and stop()):
             with model_lock(self.model), evaluating(self.model):  # for one step only: the reader may stay away for long
@@ -168,14 +183,16 @@ class LocalLM:
         encoded = [self.encode(conversation) for conversation in conversations]
         return [(ids[-room:], ("prompt_cut",) if len(ids) > room else ()) for ids in encoded]
 
-    def _decoding(self, prompts, seeds, temperature, max_new_tokens, n=1, adapters=None) -> Decoding:
+    def _growing(self, memory, prompts, seeds, temperature, max_new_tokens, n=1, adapters=None) -> Growing | Decoding:
         t = self.tokenizer
-        pad = next((id for id in (t.pad_token_id, t.eos_token_id) if id is not None), 0)
         uniforms = [row_uniforms(s, p, j, max_new_tokens) for s, p in zip(seeds, prompts) for j in range(n)]
         uniforms = np.reshape(uniforms, (-1, max_new_tokens))
+        if has_slots(self.model):
+            return Growing(memory, prompts, uniforms, stop_token_ids(t), temperature, n, adapters, text_stop(t))
+        pad = next((id for id in (t.pad_token_id, t.eos_token_id) if id is not None), 0)
         return Decoding(self.model, prompts, uniforms, stop_token_ids(t), pad, temperature, n, adapters, text_stop(t))
 
-    def _texts(self, state: Decoding) -> list[str]:
+    def _texts(self, state: Growing | Decoding) -> list[str]:
         texts = self.tokenizer.batch_decode(
             state.replies(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return [(state.ended.cut(text) if state.ended else text).strip() for text in texts]
@@ -190,29 +207,8 @@ class LocalLM:
                            f"None or among {', '.join(known) or 'none (this model has no adapters)'}")
         return [name or "__base__" for name in names] if known else None
 
-    def _score(self, prompts: list[list[int]], answers: list[list[int]]) -> np.ndarray:
-        "[prompts, answers]: one pass over prompt and common beginning, then only what differs, on the same cache."
-        common = _common(answers)
-        ids, mask, position = pad_left([p + answers[0][:common] for p in prompts], 0, self.model.device)
-        longest = max(map(len, answers)) - common - 1
-        cache = roomy_cache(self.model, max(longest, 0))
-        logp = next_logits(self.model, ids, mask, position, cache, keep=common + 1).float().log_softmax(-1)
-        total = logp.new_zeros(len(prompts), len(answers), dtype=torch.float64)
-        for c, answer in enumerate(answers):
-            for k, token in enumerate(answer[:common + 1]):
-                total[:, c] += logp[:, k, token]
-        if longest > 0:
-            cache.batch_repeat_interleave(len(answers))
-            mask, position = (x.repeat_interleave(len(answers), 0) for x in (mask, position[:, -1:]))
-            rest = [(answer[common:] + [0] * longest)[:longest] for answer in answers] * len(prompts)
-            mask = torch.cat([mask, mask.new_ones(len(rest), longest)], 1)
-            position = position + 1 + torch.arange(longest, device=ids.device)
-            logits = next_logits(self.model, torch.tensor(rest, device=ids.device), mask, position, cache, keep=longest)
-            logp = logits.float().log_softmax(-1).unflatten(0, (len(prompts), len(answers)))
-            for c, answer in enumerate(answers):
-                for k, token in enumerate(answer[common + 1:]):
-                    total[:, c] += logp[:, c, k, token]
-        return total.cpu().numpy()
+
+_fitting = WeakKeyDictionary()  # model → rows that its memory was found to hold
 
 
 def _seeds(seed: int | list[int], count: int) -> list[int]:
@@ -221,11 +217,3 @@ def _seeds(seed: int | list[int], count: int) -> list[int]:
     if len(seeds) != count:
         raise CaiError(f"seed: {len(seeds)} seeds for {count} conversations; give one number, or one for each")
     return seeds
-
-
-def _common(answers: list[list[int]]) -> int:
-    "How many tokens all answers begin with, short of the last of the shortest."
-    common = 0
-    while all(len(a) > common + 1 and a[common] == answers[0][common] for a in answers):
-        common += 1
-    return common

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALGORITHMS', 'rl_prompts', 'preference_reward', 'RLConfig', 'sample_tokens', 'rl_trainer', 'Snapshots', 'train_rl']
 
-# %% ../nbs/09_rl.ipynb #03201ea6
+# %% ../nbs/09_rl.ipynb #213de4f5
 import random
 from dataclasses import dataclass
 from hashlib import sha256
@@ -23,6 +23,8 @@ from .dialogue import encode_conversation, stop_texts, stop_token_ids
 from .model import check_adapter, save_adapter
 from .preference import PreferenceModel
 from .rows import row_id
+from .session import Growing, Session
+from .slots import has_slots
 from .training import borrowed, finish, finished, fit, model_card, run_key, stage_settings
 
 # %% ../nbs/09_rl.ipynb #12bedb3b
@@ -105,7 +107,7 @@ class RLConfig:
             **stage_settings(self, out, model) | {"logging_steps": 1},
         )
 
-# %% ../nbs/09_rl.ipynb #abb4be87
+# %% ../nbs/09_rl.ipynb #cb9784c0
 def sample_tokens(
     model,  # with the policy's adapter active
     prompts: list[list[int]],  # token ids; replies to one prompt are neighbours
@@ -120,10 +122,11 @@ def sample_tokens(
     unique = [prompt for prompt, _ in groups] if n > 1 else prompts
     uniforms = np.stack([row_uniforms(seed, prompt, i, max_new_tokens) for i, prompt in enumerate(prompts)])
     with evaluating(model):
-        state = Decoding(model, unique, uniforms, stops, pad=stops[0], temperature=temperature, n=n)
+        state = (Growing(Session(model, len(prompts)), unique, uniforms, stops, temperature, n) if has_slots(model)
+                 else Decoding(model, unique, uniforms, stops, pad=stops[0], temperature=temperature, n=n))
         for _ in state.run():
             pass
-    return [tokens + stops[:1] * ended for tokens, ended in zip(state.replies(), state.done.tolist())]
+    return [tokens + stops[:1] * bool(ended) for tokens, ended in zip(state.replies(), state.done)]
 
 # %% ../nbs/09_rl.ipynb #fd0158b3
 def rl_trainer(

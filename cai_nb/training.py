@@ -6,9 +6,10 @@
 __all__ = ['strip_adapters', 'borrowed', 'trainer_settings', 'stage_settings', 'LengthBatches', 'ByLength', 'ProgressLine',
            'GradientGuard', 'model_card', 'run_key', 'fit', 'finish', 'finished']
 
-# %% ../nbs/05c_training.ipynb #a8bc4622
+# %% ../nbs/05c_training.ipynb #ef4e7632
 import copy
 import json
+import os
 import random
 import shutil
 import time
@@ -100,18 +101,21 @@ def trainer_settings(
         "save_strategy": "steps",
     }
 
-# %% ../nbs/05c_training.ipynb #65ebafc5
+# %% ../nbs/05c_training.ipynb #2af9309d
 def stage_settings(
     config,  # a stage's dataclass: batch_size, micro_batch_size, learning_rate, schedule, warmup, save_steps, seed
     out,  # folder of the stage
     model,  # decides precision and device
 ) -> dict:  # arguments for the config of the stage's trainer
     "What all stages' settings have in common, with what `trainer_settings` adds."
-    micro = config.micro_batch_size or config.batch_size
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # of `torchrun` or `accelerate launch`: they share a step's batch
+    micro = config.micro_batch_size or max(1, config.batch_size // processes)
+    if config.batch_size % (micro * processes):
+        raise CaiError(f"batch_size={config.batch_size} is not a multiple of micro_batch_size={micro} times {processes} processes")
     return {
         "output_dir": str(Path(out) / "checkpoints"), "learning_rate": config.learning_rate, "lr_scheduler_type": config.schedule,
         "warmup_steps": config.warmup, "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": max(1, config.batch_size // micro), "save_steps": config.save_steps, "seed": config.seed,
+        "gradient_accumulation_steps": config.batch_size // (micro * processes), "save_steps": config.save_steps, "seed": config.seed,
         **trainer_settings(model),
     }
 

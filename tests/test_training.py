@@ -228,3 +228,38 @@ def test_finished_is_not_trained_again(tmp_path, monkeypatch):
     monkeypatch.setattr(sl, "_trainer", None)
     assert train_sl(model, tokenizer, ROWS, CONFIG, tmp_path) == first
     shutil.rmtree(tmp_path)
+
+
+TWO = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+import torch
+torch.set_num_threads(1)
+from test_training import CONFIG, ROWS
+from tiny import tiny_model
+from cai_nb.sl import train_sl
+from accelerate import PartialState
+
+metrics = train_sl(*tiny_model(), ROWS, CONFIG, {out!r})
+assert PartialState().num_processes == {n}, PartialState().num_processes
+print("steps", metrics["steps"])
+"""
+
+
+def test_two_processes_reach_what_one_does(tmp_path, undisturbed):
+    """Gloo on the CPU: each process takes half of a step's batch, and the adapter is the same to rounding."""
+    (tmp_path / "two.py").write_text(TWO.format(tests=str(Path(__file__).parent), root=str(Path(__file__).parents[1]), out=str(tmp_path / "sl"), n=2))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533", str(tmp_path / "two.py")],
+                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "steps 15" in done.stdout
+    both = weights(tmp_path / "sl")
+    assert both.keys() == undisturbed.keys()
+    for name, weight in undisturbed.items():
+        assert torch.allclose(both[name], weight, atol=2e-4), (name, (both[name] - weight).abs().max())
+
+
+def test_a_batch_that_processes_cannot_share_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(CaiError, match="batch_size=4 is not a multiple of micro_batch_size=1 times 3 processes"):
+        train_sl(*tiny_model(), ROWS, CONFIG, tmp_path)
