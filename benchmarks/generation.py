@@ -114,6 +114,15 @@ class Counting:
         replies = self.lm.sample(*args, **kwargs)
         self.written += sum(r.n_tokens for row in replies for r in row)
         return replies
+    def converse(self, scripts, temperature, max_new_tokens):
+        def counted(script):
+            question = next(script, None)
+            while question is not None:
+                reply = yield question
+                self.written += reply.n_tokens
+                try: question = script.send(reply)
+                except StopIteration as end: return end.value
+        return self.lm.converse([counted(s) for s in scripts], temperature, max_new_tokens)
     def session(self):
         from contextlib import contextmanager
         @contextmanager

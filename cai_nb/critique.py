@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'FEW_SHOT', 'META_TALK', 'critique_request', 'revision_request', 'CritiqueExample', 'few_shot_messages',
-           'with_examples', 'draw_principles', 'is_meta_talk', 'critique_revise', 'revisions', 'chain_markdown']
+           'with_examples', 'draw_principles', 'is_meta_talk', 'chain_steps', 'critique_revise', 'revisions',
+           'chain_markdown']
 
-# %% ../nbs/05_critique.ipynb #6d01a607
+# %% ../nbs/05_critique.ipynb #a05f94cd
 import random
 import re
 from dataclasses import dataclass
-from functools import partial
 
 from .constitution import CaiError
-from .replies import ask, draw_seed, extra_flags, session, stored_rows
+from .replies import ask, converse, draw_seed, extra_flags, session, stored_rows
 from .replies import sample_replies  # made there, and found here as well
 from .rows import row_id
 
@@ -191,18 +191,33 @@ def is_meta_talk(
     "Whether a revision talks about revising where it should simply be the new reply."
     return META_TALK.search(text) is not None
 
-# %% ../nbs/05_critique.ipynb #e9b30464
-def _take_step(prompts, latest, principles, critiques, examples, layout, ask_all):
-    "One critique and one revision of the latest texts: two lists of (text, flags)."
-    now = [[*p["messages"], {"role": "assistant", "content": text}] for p, text in zip(prompts, latest)]
-    said = [(None, [])] * len(prompts)
-    if critiques:
-        asked = [critique_request(c, p, layout) for c, p in zip(now, principles)]
-        said = ask_all("critique", [with_examples(examples, a) for a in asked])
-    asked = [revision_request(c, p, s, layout) for c, p, (s, _) in zip(now, principles, said)]
-    return said, ask_all("revision", [with_examples(examples, a) for a in asked])
+# %% ../nbs/05_critique.ipynb #4765e70f
+def chain_steps(
+    row: dict,  # of chains.jsonl, with its response; its steps and flags are added here
+    prompt: dict,  # its row of prompts.jsonl
+    principles: list,  # one for each step
+    seed: int,
+    critiques: bool = True,
+    examples: list = (),  # messages of `few_shot_messages`
+    layout: str = "chat",
+    flag=None,  # as in `critique_revise`
+):  # a script for `converse`; returns the row
+    "The critiques and revisions of one chain: yields what the model is to be asked, and is sent what it said."
+    text = row["response"]
+    for step, principle in enumerate(principles, 1):
+        now, critique, c_flags = [*prompt["messages"], {"role": "assistant", "content": text}], None, []
+        if critiques:
+            asked = with_examples(examples, critique_request(now, principle, layout))
+            critique, c_flags = yield asked, draw_seed(seed, prompt["id"], step, "critique")
+        asked = with_examples(examples, revision_request(now, principle, critique, layout))
+        text, flags = yield asked, draw_seed(seed, prompt["id"], step, "revision")
+        row["steps"].append({"principle_id": principle.id, "critique": critique, "revision": text})
+        talk = ["meta_talk"] if is_meta_talk(text) else []
+        row["flags"] += [f"critique{step}:{f}" for f in c_flags]
+        row["flags"] += [f"step{step}:{f}" for f in [*flags, *talk, *extra_flags(flag, prompt, text)]]
+    return row
 
-# %% ../nbs/05_critique.ipynb #e31fcc19
+# %% ../nbs/05_critique.ipynb #a4ca51bc
 def critique_revise(
     lm,  # an `LM`: the helpful-only model, which answers, critiques and revises
     prompts: list,  # rows of prompts.jsonl: `id`, `messages` (ending in a user turn)
@@ -227,33 +242,17 @@ def critique_revise(
     settings = [constitution.digest, n_revisions, critiques, examples, seed, temperature, max_new_tokens, layout]
 
     def work(batch):
-        with session(lm) as reader:  # the conversation is read once, and goes on from there
-            return chains(reader, batch)
-
-    def chains(lm, batch):
         prompts = [u["prompt"] for u in batch]
-        rows = [{"id": u["id"], "prompt_id": p["id"], "response": "", "steps": [], "flags": []}
-                for u, p in zip(batch, prompts)]
-        draws = [draw_principles(constitution, p["id"], n_revisions, seed) for p in prompts]
-
-        def ask_all(step, role, contexts):
-            seeds = [draw_seed(seed, p["id"], step, role) for p in prompts]
-            return ask(lm, contexts, seeds, temperature, max_new_tokens, layout)
-
-        latest = ask_all(0, "response", [p["messages"] for p in prompts])
-        for row, p, (text, flags) in zip(rows, prompts, latest):
-            row["response"] = text
-            row["flags"] += [f"step0:{f}" for f in [*flags, *extra_flags(flag, p, text)]]
-        for step in range(1, n_revisions + 1):
-            drawn = [of_row[step - 1] for of_row in draws]
-            texts = [text for text, _ in latest]
-            said, latest = _take_step(prompts, texts, drawn, critiques, examples, layout, partial(ask_all, step))
-            for row, p, principle, (critique, c_flags), (text, flags) in zip(rows, prompts, drawn, said, latest):
-                row["steps"].append({"principle_id": principle.id, "critique": critique, "revision": text})
-                talk = ["meta_talk"] if is_meta_talk(text) else []
-                row["flags"] += [f"critique{step}:{f}" for f in c_flags]
-                row["flags"] += [f"step{step}:{f}" for f in [*flags, *talk, *extra_flags(flag, p, text)]]
-        return rows
+        with session(lm) as reader:  # what was read for the response is not read again for its critique
+            seeds = [draw_seed(seed, p["id"], 0, "response") for p in prompts]
+            responses = ask(reader, [p["messages"] for p in prompts], seeds, temperature, max_new_tokens, layout)
+            scripts = []
+            for unit, p, (text, flags) in zip(batch, prompts, responses):
+                flags = [f"step0:{f}" for f in [*flags, *extra_flags(flag, p, text)]]
+                row = {"id": unit["id"], "prompt_id": p["id"], "response": text, "steps": [], "flags": flags}
+                principles = draw_principles(constitution, p["id"], n_revisions, seed)
+                scripts.append(chain_steps(row, p, principles, seed, critiques, examples, layout, flag))
+            return converse(reader, scripts, temperature, max_new_tokens, layout)
 
     units = [{"id": row_id("chain", p["id"], *settings), "prompt": p} for p in prompts]
     return stored_rows(units, work, batch_size, out, what="chains")

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['NEUTRAL', 'PROBE', 'steps_of', 'step_scores', 'echo_scores', 'EndpointLM']
 
-# %% ../nbs/04e_endpoint.ipynb #9195267f
+# %% ../nbs/04e_endpoint.ipynb #9d48b927
+import copy
 import hashlib
 import json
 import math
@@ -55,7 +56,7 @@ def _total(logps: list) -> float:
         raise Lacking(f"log-probabilities {logps}, expected a number for every token")
     return float(sum(logps))
 
-# %% ../nbs/04e_endpoint.ipynb #e09cfe57
+# %% ../nbs/04e_endpoint.ipynb #a1a571a9
 NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 PROBE = "Which of these is better, (A) or (B)?"
 
@@ -78,12 +79,20 @@ class EndpointLM:
         if scoring not in (None, "steps", "echo"):
             raise CaiError(f"scoring: found {scoring!r}, expected 'steps', 'echo' or None")
         self.server = Server(base_url, api_key, in_flight, timeout, patience)
-        self.model, self.scoring, self.extra = model, scoring, extra or {}
+        self.base = self.model = model
+        self.scoring, self.extra = scoring, extra or {}
         self.tokenizer = None if tokenizer is None else _tokenizer(tokenizer)
 
     def __repr__(self) -> str:
         name = getattr(self.tokenizer, "name_or_path", None)
         return f"EndpointLM({self.server.base_url!r}, {self.model!r}, tokenizer={name!r}, in_flight={self.server.in_flight})"
+
+    def with_adapter(self, name: str | None) -> "EndpointLM":
+        "The same server, answering with an adapter that it serves under this name (vLLM: `--lora-modules sl=FOLDER`); None: the base."
+        other = copy.copy(self)
+        other.model = name or self.base
+        other.__dict__.pop("_card", None)
+        return other
 
     @property
     def context(self) -> int | None:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Reply', 'LM', 'flag_reply', 'LocalLM']
 
-# %% ../nbs/04_generate.ipynb #ee1099c1
+# %% ../nbs/04_generate.ipynb #a00ceb39
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,8 +19,9 @@ from .constitution import CaiError
 from .decoding import Decoding, evaluating, model_lock, plain_scores, row_uniforms, text_stop
 from .dialogue import encode_conversation, encode_text, stop_token_ids
 from .model import adapter_names, using_adapter
-from .session import Growing, Session, score
+from .session import Growing, Session
 from .slots import has_slots
+from .tree import score
 
 # %% ../nbs/04_generate.ipynb #5e82ea8d
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _repeats(words: list[str], longest: int = 20) -> bool:
                 return True
     return False
 
-# %% ../nbs/04_generate.ipynb #f4e468c4
+# %% ../nbs/04_generate.ipynb #44f49155
 @dataclass(frozen=True, eq=False)
 class LocalLM:
     "A transformers model behind the `LM` seam, with its own decoding loop."
@@ -137,6 +138,37 @@ class LocalLM:
                                   for text, done, length in found[place * n:place * n + n]]
         return replies
 
+    def converse(
+        self,
+        scripts: list,  # generators: each yields (conversation, seed), is sent the `Reply`, and so on to its end
+        temperature: float = 1.0,
+        max_new_tokens: int = 256,  # per reply
+    ) -> list:  # what each script returned
+        "Many dialogues at once, each at its own pace: a row that has its reply goes on without waiting for the others."
+        lines = [_Line(script) for script in scripts]
+        view = self if self.memory else replace(self, memory=self._remembering())
+        with view._ready() as memory:
+            while talking := [line for line in lines if line.asked]:
+                prompts = [(p, flags) for p, flags in view._prompts([line.asked[0] for line in talking], max_new_tokens)]
+
+                def follow(row):
+                    line, flags = talking[row], prompts[row][1]
+                    (text,), done = view._texts_of([state.out[row]]), bool(state.done[row])
+                    line.send(Reply(text, done, flag_reply(text, done) + flags, len(state.out[row])))
+                    if not line.asked:
+                        return None
+                    prompts[row] = view._prompts([line.asked[0]], max_new_tokens)[0]
+                    return prompts[row][0], row_uniforms(line.asked[1], prompts[row][0], 0, max_new_tokens)
+
+                state = view._growing(memory, [p for p, _ in prompts], [line.asked[1] for line in talking], temperature, max_new_tokens, follow=follow)
+                for _ in state.run():
+                    pass
+                if not has_slots(self.model):  # the plain loop has no follow-ups: one question at a time
+                    for row in range(len(talking)):
+                        state.out = state.replies()
+                        follow(row)
+        return [line.result for line in lines]
+
     def choice_logprobs(
         self,
         contexts: list[list[dict]],  # each ends with a user's turn, or with an open assistant's
@@ -183,19 +215,22 @@ class LocalLM:
         encoded = [self.encode(conversation) for conversation in conversations]
         return [(ids[-room:], ("prompt_cut",) if len(ids) > room else ()) for ids in encoded]
 
-    def _growing(self, memory, prompts, seeds, temperature, max_new_tokens, n=1, adapters=None) -> Growing | Decoding:
+    def _growing(self, memory, prompts, seeds, temperature, max_new_tokens, n=1, adapters=None, follow=None) -> Growing | Decoding:
         t = self.tokenizer
         uniforms = [row_uniforms(s, p, j, max_new_tokens) for s, p in zip(seeds, prompts) for j in range(n)]
         uniforms = np.reshape(uniforms, (-1, max_new_tokens))
         if has_slots(self.model):
-            return Growing(memory, prompts, uniforms, stop_token_ids(t), temperature, n, adapters, text_stop(t))
+            return Growing(memory, prompts, uniforms, stop_token_ids(t), temperature, n, adapters, text_stop(t), follow)
         pad = next((id for id in (t.pad_token_id, t.eos_token_id) if id is not None), 0)
         return Decoding(self.model, prompts, uniforms, stop_token_ids(t), pad, temperature, n, adapters, text_stop(t))
 
     def _texts(self, state: Growing | Decoding) -> list[str]:
-        texts = self.tokenizer.batch_decode(
-            state.replies(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [(state.ended.cut(text) if state.ended else text).strip() for text in texts]
+        return self._texts_of(state.replies())
+
+    def _texts_of(self, replies: list[list[int]]) -> list[str]:
+        ended = text_stop(self.tokenizer)
+        texts = self.tokenizer.batch_decode(replies, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [(ended.cut(text) if ended else text).strip() for text in texts]
 
     def _adapters(self, adapters, count: int) -> list[str] | None:
         "Names as PEFT wants them, or None for a model without adapters."
@@ -206,6 +241,20 @@ class LocalLM:
             raise CaiError(f"adapters {names} for {count} conversations: expected one for each, "
                            f"None or among {', '.join(known) or 'none (this model has no adapters)'}")
         return [name or "__base__" for name in names] if known else None
+
+
+class _Line:
+    "A script while it runs: `asked` is what it waits for, None at its end, where `result` is what it returned."
+
+    def __init__(self, script):
+        self.script, self.asked, self.result = script, None, None
+        self.send(None)
+
+    def send(self, reply: Reply | None) -> None:
+        try:
+            self.asked = self.script.send(reply)
+        except StopIteration as end:
+            self.asked, self.result = None, end.value
 
 
 _fitting = WeakKeyDictionary()  # model → rows that its memory was found to hold

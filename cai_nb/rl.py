@@ -128,7 +128,7 @@ def sample_tokens(
             pass
     return [tokens + stops[:1] * bool(ended) for tokens, ended in zip(state.replies(), state.done)]
 
-# %% ../nbs/09_rl.ipynb #fd0158b3
+# %% ../nbs/09_rl.ipynb #d703a88e
 def rl_trainer(
     model,  # the base, borrowed
     tokenizer,
@@ -160,7 +160,7 @@ def rl_trainer(
             return (tokens, None) if config.algorithm == "grpo" else tokens  # GRPO also asks for log-probabilities, if there are any
 
     policy = PeftModel.from_pretrained(model, str(sl_folder), adapter_name="default", is_trainable=True)
-    scorer = PreferenceModel.load(policy, tokenizer, pm_folder)
+    scorer = PreferenceModel.load(policy, tokenizer, pm_folder, batch_size=32)  # little padding
     model.generation_config.eos_token_id = stop_token_ids(tokenizer)
     rows = [{"prompt": [{k: m[k] for k in ("role", "content")} for m in p["messages"]], "id": p["id"]} for p in prompts]
     trainer = RLTrainer(policy, preference_reward(scorer), args, Dataset.from_list(rows), processing_class=tokenizer)

@@ -93,10 +93,10 @@ def has_slots(
     plain = not kinds and not getattr(config, "attention_chunk_size", None) and not config.is_encoder_decoder
     return plain and bool(getattr(base, "_supports_attention_backend", False)) and not any(n.endswith("sinks") for n, _ in base.named_parameters())
 
-# %% ../nbs/03c_slots.ipynb #2e16b2cf
+# %% ../nbs/03c_slots.ipynb #04702c14
 def like_lengths(
     lengths: list[int],  # tokens of each row
-    overhead: int = 256,  # tokens that a further pass costs as much as
+    overhead: int = 48,  # tokens that a further pass costs as much as; a GPU reads thousands in that time
 ) -> list[list[int]]:  # rows of each pass
     "Which rows to read together, so that little padding is read and passes are few."
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
@@ -111,7 +111,7 @@ def like_lengths(
         k = cut[k]
     return parts[::-1]
 
-# %% ../nbs/03c_slots.ipynb #d6a6767f
+# %% ../nbs/03c_slots.ipynb #3c6738f9
 class Slots:
     "Keys and values of many rows: each grows, is rolled back, moves and is forked on its own; all stand behind one prefix."
     is_compileable = False  # asked by `transformers` of every cache
@@ -139,7 +139,7 @@ class Slots:
     ) -> torch.Tensor:  # [rows, keep, V]
         "Read new tokens, each row behind what its slot holds."
         self.make_room(max(self.lengths[first + i] + len(chunk) for i, chunk in enumerate(chunks)))
-        parts = like_lengths([len(chunk) for chunk in chunks])
+        parts = like_lengths([len(chunk) for chunk in chunks], 48 if self.model.device.type == "cpu" else 2048)
         if len(parts) == 1:
             return self._read(range(first, first + len(chunks)), chunks, keep, adapters)
         logits = [self._read([first + i for i in part], [chunks[i] for i in part], keep, adapters and [adapters[i] for i in part]) for part in parts]
@@ -186,30 +186,20 @@ class Slots:
             if pair[0].shape[-2] < self.width + 1:
                 self.buffers[layer] = [_widened(buffer, self.width + 1) for buffer in pair]
 
-    def swap(
-        self,
-        here: list[int],  # slots
-        there: list[int],  # as many others
-    ) -> None:
-        "Exchange the contents of slots."
-        for pair in self.buffers.values():
-            for buffer in pair:
-                buffer[here + there] = buffer[there + here]
-        for i, j in zip(here, there):
-            self.lengths[i], self.lengths[j] = self.lengths[j], self.lengths[i]
-
-    def copy(
+    def move(
         self,
         sources: list[int],  # slots
-        targets: list[int],  # slots that become as they are
+        targets: list[int],  # slots that become what the sources are now; the same ones in another order, or others
     ) -> None:
-        "Make slots the copies of others."
-        longest = max(self.lengths[i] for i in sources)
+        "Exchange, permute or copy slots."
+        longest, device = max(self.lengths[i] for i in sources), self.model.device
+        there, here = (torch.tensor(slots, device=device) for slots in (targets, sources))
         for pair in self.buffers.values():
             for buffer in pair:
-                buffer[targets, :, :longest] = buffer[sources, :, :longest]
-        for i, j in zip(sources, targets):
-            self.lengths[j] = self.lengths[i]
+                used = buffer[:, :, :longest]
+                used[there] = used[here]
+        for slot, length in zip(targets, [self.lengths[i] for i in sources]):
+            self.lengths[slot] = length
 
     def forked(
         self,

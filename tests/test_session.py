@@ -21,8 +21,9 @@ from cai_nb.dialogue import encode_text, stop_token_ids
 from cai_nb.feedback import label_preferences
 from cai_nb.generate import LocalLM, Reply, flag_reply
 from cai_nb.model import load_model, lora_config, using_adapter
-from cai_nb.session import Growing, Session, branches, common_length, score
+from cai_nb.session import Growing, Session, common_length
 from cai_nb.slots import Slots, has_slots
+from cai_nb.tree import branches, score
 
 FAMILIES = ["mini", "llama", "qwen3", "gemma", "mistral, window of 16", "gpt2"]
 PRINCIPLES = Constitution("words", tuple(

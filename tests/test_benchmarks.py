@@ -1,0 +1,57 @@
+"""The benchmarks measure what they say: both sides do the same work. Nothing here looks at the time."""
+import importlib.util
+import json
+
+import pytest
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")  # TRL still calls it so
+
+
+def script(root, name):
+    spec = importlib.util.spec_from_file_location(name, root / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def trainers(root):
+    return script(root, "trainers")
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "grpo"])
+def test_a_stage_and_plain_trl_do_the_same_work(trainers, stage):
+    r = trainers.measure(stage, repeats=1, steps=1)
+    assert len(r["ours"]) == len(r["trl"]) == len(r["ratios"]) == 1
+    ours, plain = r["ours"][0], r["trl"][0]
+    assert r["ratio"] == r["ratios"][0] == pytest.approx(ours["seconds"] / plain["seconds"], abs=1e-3)
+    assert all(0 < run["in_steps"] < run["seconds"] for run in (ours, plain)) and r["ratio_in_steps"] == r["ratios_in_steps"][0]
+    rows = trainers.BATCH[stage] * (2 if stage == "reward" else 1)
+    assert ours["steps"] == plain["steps"] == 1 and ours["rows"] == plain["rows"] == rows
+    assert rows < ours["learnt"] < ours["positions"]
+    if stage == "grpo":  # ours holds an adapter more, TRL a whole model more
+        assert r["base"] < ours["weights"] < 2 * r["base"] < plain["weights"]
+    else:
+        assert ours["learnt"] == plain["learnt"] and ours["weights"] == plain["weights"] > r["base"]
+    assert stage in trainers.show(stage, r) and json.dumps(r)
+    assert trainers.TRAINERS[stage].compute_loss.__module__.startswith("trl.")  # no longer watched
+
+
+def test_unequal_work_is_refused(trainers, monkeypatch):
+    plain = trainers.plain
+    monkeypatch.setattr(trainers, "plain", lambda stage, rows, *rest: plain(stage, trainers.Rows(stage, rows.steps + 1), *rest))
+    with pytest.raises(AssertionError, match="not the same work"):
+        trainers.measure("sft", repeats=1, steps=1)
+
+
+def test_generation_runs_in_small():
+    """Ours and the peers, once each on little: that it runs and says its table; no time is asserted."""
+    import subprocess
+    import sys
+
+    script = Path(__file__).parents[1] / "benchmarks" / "generation.py"
+    done = subprocess.run([sys.executable, str(script), "--quick", "--only", "chains", "labels", "roofline"], capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for line in ("chains, over generate", "chains, over pipeline", "labels, over forwards", "a step of 64 rows"):
+        assert line in done.stdout
