@@ -1,6 +1,9 @@
 """The benchmarks measure what they say: both sides do the same work. Nothing here looks at the time."""
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -44,13 +47,9 @@ def test_unequal_work_is_refused(trainers, monkeypatch):
         trainers.measure("sft", repeats=1, steps=1)
 
 
-def test_generation_runs_in_small():
+def test_generation_runs_in_small(root):
     """Ours and the peers, once each on little: that it runs and says its table; no time is asserted."""
-    import subprocess
-    import sys
-
-    script = Path(__file__).parents[1] / "benchmarks" / "generation.py"
-    done = subprocess.run([sys.executable, str(script), "--quick", "--only", "chains", "labels", "roofline"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, str(root / "benchmarks" / "generation.py"), "--quick", "--only", "chains", "labels", "roofline"], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     for line in ("chains, over generate", "chains, over pipeline", "labels, over forwards", "a step of 64 rows"):
