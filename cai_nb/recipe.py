@@ -13,7 +13,7 @@ from .constitution import CaiError, package_folder
 __all__ = ['DEFAULTS', 'STAGES', 'ROLES', 'NULLABLE', 'training_configs', 'all_defaults', 'merge', 'available_recipes',
            'load_recipe', 'parse_set', 'check_recipe', 'differences']
 
-# %% ../nbs/11_recipe.ipynb #ca90b745
+# %% ../nbs/11_recipe.ipynb #352ce2bb
 DEFAULTS = {
     "name": "run",
     "base": "mini",               # a hub id, a folder, or mini
@@ -21,6 +21,7 @@ DEFAULTS = {
     "feedback": None,             # null: the base
     "quantization": None,         # nf4, or null for full weights
     "card": None,                 # for --dry-run: {name, memory (GiB), tflops, bandwidth (GB/s)}; null: this machine
+    "lm": {"endpoint": None, "model": None, "roles": ["helpful", "feedback"], "in_flight": 64, "patience": 600.0},  # roles asked of a server
     "constitution": "harmlessness",
     "seed": 0,
     "judge": None,                # mini: its oracle judges; null: replies are sampled and kept, not judged
@@ -126,7 +127,7 @@ def parse_set(change: str) -> dict:
     for part in reversed(key.strip().split(".")): out = {part: out}
     return out
 
-# %% ../nbs/11_recipe.ipynb #dfa53389
+# %% ../nbs/11_recipe.ipynb #5f7e56f4
 def check_recipe(recipe: dict) -> dict:
     "The recipe itself, if its values make sense together"
     for key, low in (("prompts.limit", 8), ("helpfulness.limit", 1), ("chains.n_revisions", 1), ("labels.n_principles", 1), ("labels.n_cot", 1),
@@ -138,6 +139,8 @@ def check_recipe(recipe: dict) -> dict:
     if recipe["labels"]["n_cot"] > 1 and not recipe["labels"]["cot"]: raise CaiError("recipe: labels.n_cot is above 1 with labels.cot false; set labels.cot=true")
     if recipe["card"] is not None and (not isinstance(recipe["card"], dict) or set(recipe["card"]) != {"name", "memory", "tflops", "bandwidth"}):
         raise CaiError(f"recipe: card is {recipe['card']!r}, expected name, memory, tflops and bandwidth, or null")
+    if unknown := set(recipe["lm"]["roles"]) - {"helpful", "feedback"}:
+        raise CaiError(f"recipe: lm.roles has {sorted(unknown)[0]!r}, expected helpful and feedback alone: the base is trained here")
     if recipe["judge"] not in (None, "mini"): raise CaiError(f"recipe: judge is {recipe['judge']!r}, expected mini or null")
     if recipe["quantization"] not in (None, "nf4"): raise CaiError(f"recipe: quantization is {recipe['quantization']!r}, expected nf4 or null")
     if recipe["eval"]["split"] not in ("tune", "test"): raise CaiError(f"recipe: eval.split is {recipe['eval']['split']!r}, expected tune or test")
