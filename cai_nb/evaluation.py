@@ -133,7 +133,7 @@ def model_votes(
                                batch_size=c["batch_size"], out=run.file("eval/votes.jsonl"))
     return [{"a": a, "b": b, "p_a": label["p_a"], "prompt_id": prompt} for (a, b, _, prompt), label in zip(meetings, labels)]
 
-# %% ../nbs/11c_evaluation.ipynb #ce49dd23
+# %% ../nbs/11c_evaluation.ipynb #f5ab123a
 def unseen_pairs(
     samples: list[dict],  # of `answer`
 ) -> list[dict]:  # rows as in pairs.jsonl
@@ -183,7 +183,7 @@ def stage_eval(
     if oracle:
         metrics = {"models": tally(judged)} | against_oracle(run, oracle, judged, along)
     if samples:
-        metrics.setdefault("preference", {})["score"] = mean_scores(samples, proxy_scores(run, samples))
+        metrics["scores"] = mean_scores(samples, proxy_scores(run, samples))
     if samples and run.recipe["eval"]["elo"]:
         metrics["elo"] = elo_table(model_votes(run, samples, run.recipe["eval"]["elo"]), anchor="sl")
     metrics |= {"snapshots": along} if along else {}

@@ -47,7 +47,7 @@ def run_stage(
                for name, value in counts.items() if isinstance(value, (int, float))]
     say(f"      {entry['seconds']:.0f} s   " + ", ".join(numbers))
 
-# %% ../nbs/11d_pipeline.ipynb #f3419f9f
+# %% ../nbs/11d_pipeline.ipynb #fd3d4fba
 def further_tables(
     metrics: dict,  # of eval/metrics.json
 ) -> dict[str, list[list[str]]]:  # title → rows of texts
@@ -57,7 +57,8 @@ def further_tables(
 
     tables = {}
     if votes := metrics.get("elo"):
-        cells = [[TITLES.get(r["model"], r["model"]), *("–" if r[k] is None else f"{r[k]:+.0f}" for k in ("elo", "low", "high")), str(r["n"])] for r in votes]
+        cells = [[TITLES.get(r["model"], r["model"]), *("–" if r[k] is None else "0" if abs(r[k]) < 0.5 else f"{r[k]:+.0f}" for k in ("elo", "low", "high")),
+                  str(r["n"])] for r in votes]
         tables["Votes of the feedback model"] = [["", "Elo", "from", "to", "votes"], *cells]
     if along := metrics.get("snapshots"):
         rows = [[f"step {row['step']}", f"{row['score'].get('harmful', float('nan')):.2f}",

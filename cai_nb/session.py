@@ -112,7 +112,7 @@ class Session:
             self.slots = Slots(self.model, count, width, self.prefix)
             self.held, self.row_of = [[] for _ in range(count)], list(range(count))
 
-# %% ../nbs/03d_session.ipynb #cc048dec
+# %% ../nbs/03d_session.ipynb #b982f1fb
 class Growing:
     "Replies to a batch of prompts while they grow: `out` their tokens, `done` whether a row ended its turn itself."
 
@@ -160,7 +160,7 @@ class Growing:
         alive, logits, waiting = 0, None, s.row_of[:] if again else waiting  # each to its slot of the last call
         while alive or waiting:
             free = count - alive
-            if waiting and (alive == 0 or free >= max(1, count // 8)):
+            if waiting and (alive == 0 or free >= max(1, count // 2)):
                 new = self._admit(alive, waiting[:free], behind)
                 logits, alive, waiting = (new if alive == 0 else torch.cat([logits, new])), alive + len(new), waiting[free:]
             dead = self._draw(logits, alive)

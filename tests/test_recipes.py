@@ -244,7 +244,7 @@ def test_a_recipe_runs_through_on_a_real_architecture(tmp_path, name, more):
     train = [p for p in read(out / "prompts.jsonl") if p["split"] == "train" and p["kind"] == "harmful"]
     assert {c["prompt_id"] for c in read(out / "chains.jsonl")} == {p["id"] for p in train} == {p["prompt_id"] for p in read(out / "pairs.jsonl")}
     metrics = json.loads((out / "eval/metrics.json").read_text())
-    assert set(metrics["preference"]["score"]) == {"base", "sl", "rl"} and [row["step"] for row in metrics["snapshots"]] == [0, 1, 2]
+    assert set(metrics["scores"]) == {"base", "sl", "rl"} and [row["step"] for row in metrics["snapshots"]] == [0, 1, 2]
     assert {row["model"] for row in metrics["elo"]} == {"base", "sl", "rl"}
     for stage in ("sl", "preference", "rl"):
         assert json.loads((out / stage / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
