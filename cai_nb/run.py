@@ -56,7 +56,7 @@ def say(
     "A line of progress on stderr."
     print(text, file=sys.stderr, flush=True)
 
-# %% ../nbs/11a_run.ipynb #f763db52
+# %% ../nbs/11a_run.ipynb #ff43958b
 @dataclass
 class Run:
     "A run folder with its recipe and its manifest."
@@ -100,7 +100,7 @@ class Run:
             self.save()
             write_safely(path, yaml.safe_dump(self.recipe, sort_keys=False))
             return
-        if changed := differences(yaml.safe_load(path.read_text()), self.recipe):
+        if changed := differences(filled(yaml.safe_load(path.read_text()), all_defaults()), self.recipe):
             raise CaiError(f"{path}: this folder was started with another recipe ({'; '.join(changed[:4])}); take another --out, or remove it")
         self.manifest = read_manifest(self.folder)
         if self.manifest["constitution"]["digest"] != Constitution.load(self.recipe["constitution"]).digest:

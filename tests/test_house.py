@@ -199,7 +199,7 @@ def tracked() -> list[Path]:
         names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
         return [ROOT / name for name in names if name and (ROOT / name).is_file()]
     except (OSError, subprocess.CalledProcessError):
-        return [p for p in ROOT.rglob("*") if p.is_file() and not {".venv", "runs", ".git"} & set(p.parts)]
+        return [p for p in ROOT.rglob("*") if p.is_file() and not {".venv", ".venv-vllm", "runs", ".git"} & set(p.parts)]
 
 
 def test_no_machine_paths():

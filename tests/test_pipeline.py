@@ -173,3 +173,20 @@ def test_real_input_goes_through_every_stage(tmp_path, shared_data):
     manifest = json.loads((out / "manifest.json").read_text())
     read = manifest["stages"]["prompts"]["counts"]["read_harmful"]
     assert read["rows"] == read["kept"] + sum(read["skipped"].values())
+
+
+def test_chains_of_a_run_can_come_from_a_server(tmp_path):
+    """`lm.endpoint`: the helpful role is asked there, every row comes back, and the base is still the one that trains."""
+    from cai_nb.endpoint import EndpointLM
+    from cai_nb.generate import LocalLM
+    from cai_nb.model import load_model
+    from cai_nb.pipeline import run_recipe
+    from cai_nb.run import Run, lm_of
+    from fault_server import FaultServer
+
+    with FaultServer(load_model("mini")[1], model="mini") as server:
+        out = run_recipe("mini", tmp_path / "run", [*SMALL, f"lm.endpoint={server.url}"], until="chains")
+        run = Run.load(out)
+        assert len(server.asked) == 16 * (1 + 2 * 2) + 12 * 2
+        assert isinstance(lm_of(run, "feedback", "labels"), EndpointLM) and isinstance(lm_of(run, "base", "chains"), LocalLM)
+    assert {c["prompt_id"] for c in run.rows("chains.jsonl")} == {p["id"] for p in run.train_prompts("harmful")}
