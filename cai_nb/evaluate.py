@@ -13,7 +13,7 @@ from .data import RowFile, in_batches, row_id
 # %% auto #0
 __all__ = ['KINDS', 'SETS', 'TITLES', 'ROWS', 'rate', 'prompt_text', 'judge_replies', 'judged_replies', 'tally',
            'evaluate_models', 'ranked_pairs', 'label_agreement', 'preference_accuracy', 'calibration',
-           'kinds_by_revision', 'pooled', 'show_rate', 'table_rows', 'metrics_table']
+           'kinds_by_revision', 'pooled', 'show_rate', 'table_rows', 'as_table', 'metrics_table']
 
 # %% ../nbs/10_evaluate.ipynb #41f037c7
 def rate(
@@ -223,7 +223,7 @@ def show_rate(r: dict) -> str:
     if r["value"] is None: return "–"
     return f"{100 * r['value']:.1f} % ({100 * r['low']:.1f}–{100 * r['high']:.1f})"
 
-# %% ../nbs/10_evaluate.ipynb #233740c0
+# %% ../nbs/10_evaluate.ipynb #db1537a5
 def table_rows(
     metrics: dict,  # as in eval/metrics.json
 ) -> list[list[str]]:  # a heading, then what was measured and one cell per model
@@ -241,15 +241,22 @@ def table_rows(
     return [r + [""] * (width - len(r)) for r in rows]
 
 
+def as_table(
+    rows: list[list[str]],  # texts; the first row is the heading, the first cell of each names it
+    markdown: bool = False,
+) -> str:                   # lines of text, or a markdown table
+    "Rows in columns, numbers flush right."
+    if markdown:
+        rows = [rows[0], ["---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]]
+        return "\n".join("| " + " | ".join(r) + " |" for r in rows)
+    width = [max(map(len, column)) for column in zip(*rows)]
+    lines = [r[0].ljust(width[0]) + "".join("   " + c.rjust(w) for c, w in zip(r[1:], width[1:])) for r in rows]
+    return "\n".join([lines[0], "─" * len(lines[0])] + [l.rstrip() for l in lines[1:]])
+
+
 def metrics_table(
     metrics: dict,
     markdown: bool = False,
 ) -> str:           # lines of text, or a markdown table
     "What a run prints at its end: values with 95 % intervals, one column per model."
-    rows = table_rows(metrics)
-    if markdown:
-        rows.insert(1, ["---"] + ["---:"] * (len(rows[0]) - 1))
-        return "\n".join("| " + " | ".join(r) + " |" for r in rows)
-    width = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    lines = [r[0].ljust(width[0]) + "".join("   " + c.rjust(w) for c, w in zip(r[1:], width[1:])) for r in rows]
-    return "\n".join([lines[0], "─" * len(lines[0])] + [l.rstrip() for l in lines[1:]])
+    return as_table(table_rows(metrics), markdown)

@@ -16,7 +16,7 @@ from .run import Run, file_digest, read_manifest, say
 from .stages import stage_chains, stage_labels, stage_pairs, stage_preference, stage_prompts, stage_rl, stage_sl
 
 # %% auto #0
-__all__ = ['RUNNERS', 'run_stage', 'further_tables', 'as_text', 'report_run', 'results', 'run_recipe', 'evaluate_run']
+__all__ = ['RUNNERS', 'run_stage', 'further_tables', 'report_run', 'results', 'run_recipe', 'evaluate_run']
 
 # %% ../nbs/11d_pipeline.ipynb #b4e6c4bf
 RUNNERS = {"prompts": stage_prompts, "chains": stage_chains, "sl": stage_sl, "pairs": stage_pairs, "labels": stage_labels,
@@ -47,7 +47,7 @@ def run_stage(
                for name, value in counts.items() if isinstance(value, (int, float))]
     say(f"      {entry['seconds']:.0f} s   " + ", ".join(numbers))
 
-# %% ../nbs/11d_pipeline.ipynb #fd3d4fba
+# %% ../nbs/11d_pipeline.ipynb #d053270b
 def further_tables(
     metrics: dict,  # of eval/metrics.json
 ) -> dict[str, list[list[str]]]:  # title → rows of texts
@@ -68,15 +68,6 @@ def further_tables(
     return tables | ({"The paper's suites": suite_rows(metrics["suites"])} if "suites" in metrics else {})
 
 
-def as_text(
-    rows: list[list[str]],  # the first is the heading
-) -> str:
-    "A table in columns."
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [row[0].ljust(widths[0]) + "".join("   " + cell.rjust(width) for cell, width in zip(row[1:], widths[1:])) for row in rows]
-    return "\n".join([lines[0], "─" * len(lines[0]), *lines[1:]])
-
-
 def report_run(
     folder: str | Path,  # a run folder
 ) -> Path:
@@ -90,12 +81,12 @@ def results(
     folder: str | Path,  # a run folder that was evaluated
 ) -> str:
     "The tables of a run as text, with the stages' seconds."
-    from cai_nb.evaluate import metrics_table
+    from cai_nb.evaluate import as_table, metrics_table
 
     folder = Path(folder)
     metrics, stages = json.loads((folder / "eval/metrics.json").read_text()), read_manifest(folder)["stages"]
     parts = [metrics_table(metrics) if "models" in metrics else f"No judge: replies are in {folder}/eval for you to read."]
-    parts += [f"{title}\n{as_text(rows)}" for title, rows in further_tables(metrics).items()]
+    parts += [f"{title}\n{as_table(rows)}" for title, rows in further_tables(metrics).items()]
     seconds = ", ".join(f"{stage} {entry['seconds']:.0f} s" for stage, entry in stages.items())
     minutes = sum(entry["seconds"] for entry in stages.values()) / 60
     return "\n" + "\n\n".join([*parts, f"seconds: {seconds}; {minutes:.1f} min in all\nreport: {folder}/report.html"])
