@@ -72,7 +72,7 @@ def read_completion(
     spent = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return Reply(text, done, flag_reply(text, done) + flags, len(text.split()) if spent is None else max(0, spent - done))
 
-# %% ../nbs/04e_endpoint.ipynb #f3c8396d
+# %% ../nbs/04e_endpoint.ipynb #f12f9435
 NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 PROBE = "Which of these is better, (A) or (B)?"
 
@@ -203,7 +203,7 @@ class EndpointLM:
     def _question(self, ask, seed: int, sample: int, temperature: float, max_new_tokens: int) -> tuple:
         "What `Server.follow` takes: where, what, and how a `Reply` is read from the answer."
         (fields, cut), path = ask, "/completions" if self.tokenizer else "/chat/completions"
-        said = json.dumps([seed, sample, fields.get("prompt") or fields.get("messages")])
+        said = json.dumps([int(seed), sample, fields.get("prompt") or fields.get("messages")])
         dice = int.from_bytes(hashlib.sha256(said.encode()).digest()[:4], "big") >> 1
         body = self._body({"max_tokens": max_new_tokens, "temperature": temperature, **fields, "seed": dice})
         return path, body, lambda reply, body: read_completion(reply, cut)

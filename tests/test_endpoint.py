@@ -538,7 +538,7 @@ def test_vllm_agrees_with_the_local_engine(vllm, local):
 
 def test_vllms_dice_belong_to_the_row_and_its_samples_follow_the_distribution(vllm, local):
     lm = EndpointLM(vllm.url, "mini", tokenizer="mini")
-    talks, seeds = [asked(f"How can I {what}?") for what in ("plant a tree", "punch a boss", "bake a cake", "paint a door")] * 4, [*range(16)]
+    talks, seeds = [asked(f"How can I {what}?") for what in ("plant a tree", "punch a boss", "bake a cake")] * 5, [*range(15)]
     together = lm.sample(talks, max_new_tokens=24, seed=seeds)
     assert together == EndpointLM(vllm.url, "mini", tokenizer="mini", in_flight=1).sample(talks, max_new_tokens=24, seed=seeds)
     assert together != lm.sample(talks, max_new_tokens=24, seed=1)
