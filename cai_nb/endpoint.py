@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEUTRAL', 'PROBE', 'steps_of', 'step_scores', 'echo_scores', 'read_completion', 'EndpointLM']
 
-# %% ../nbs/04e_endpoint.ipynb #56142608
+# %% ../nbs/04e_endpoint.ipynb #044e9d5a
 import copy
 import hashlib
 import json
@@ -18,7 +18,7 @@ import numpy as np
 from .constitution import CaiError
 from .dialogue import encode_conversation, encode_text, ensure_chat_template, stop_texts, stop_token_ids
 from .generate import Reply, flag_reply
-from .model import _source, check_template
+from .model import check_template, model_source
 from .server import Broken, Lacking, Refused, Server, once, read_choices
 
 # %% ../nbs/04e_endpoint.ipynb #6e93e4eb
@@ -72,7 +72,7 @@ def read_completion(
     spent = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return Reply(text, done, flag_reply(text, done) + flags, len(text.split()) if spent is None else max(0, spent - done))
 
-# %% ../nbs/04e_endpoint.ipynb #f12f9435
+# %% ../nbs/04e_endpoint.ipynb #8361f759
 NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 PROBE = "Which of these is better, (A) or (B)?"
 
@@ -245,7 +245,7 @@ def _tokenizer(given):
     if isinstance(given, (str, Path)):
         from transformers import AutoTokenizer
 
-        name, source = str(given), _source(given)
+        name, source = str(given), model_source(given)
         try:
             given = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
