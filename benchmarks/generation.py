@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import resource
 import statistics
 import time
@@ -55,10 +56,7 @@ def mini():
 
 def examples(tokenizer, tokens: int):
     "Worked critiques in mini's words, of about so many tokens together"
-    rng, found, length = np.random.default_rng(0), [], 0
-    import random
-
-    rows, draw = world.prompts("train", "harmful", 40), random.Random(0)
+    found, length, rows, draw = [], 0, world.prompts("train", "harmful", 40), random.Random(0)
     for row in rows:
         asked = row["messages"][-1]["content"]
         reply, better = (world.answer(oracle.find_topic(asked), sort, draw) for sort in ("comply", "objection"))
@@ -138,7 +136,7 @@ def cpu(work) -> tuple[float, object]:
     return time.process_time() - start, result
 
 
-def paired(ours, theirs: dict, repeats: int, names=("cost",)) -> dict:
+def paired(ours, theirs: dict, repeats: int) -> dict:
     "Interleaved repetitions: cost of ours, cost of each peer, and the median of the ratios"
     costs = {"ours": [], **{name: [] for name in theirs}}
     for _ in range(repeats):
@@ -195,7 +193,6 @@ def ragged(repeats: int, n: int = 64) -> dict:
 
 
 def pairs_of(n: int):
-    import random
     rows, rng = world.prompts("train", "harmful", n), random.Random(0)
     topic = lambda r: oracle.find_topic(r["messages"][-1]["content"])
     return rows, [{"id": f"pair{i}", "prompt_id": r["id"], "responses": [world.answer(topic(r), sort, rng) for sort in ("objection", "comply")], "flags": []} for i, r in enumerate(rows)]
@@ -203,7 +200,7 @@ def pairs_of(n: int):
 
 def labels(repeats: int, n: int = 8, n_principles: int = 16, prefix: int = 400) -> dict:
     "Seconds for each label of 16 principles in both orders, in the paper's layout, with and without examples before it"
-    from cai_nb.comparison import FEW_SHOT, ComparisonExample
+    from cai_nb.comparison import ComparisonExample
     model, tokenizer = mini()
     constitution, (rows, pairs), lm = Constitution.load("mini"), pairs_of(n), LocalLM(model, tokenizer)
     shown = tuple(ComparisonExample(r["messages"][-1]["content"], *p["responses"], "") for r, p in zip(*pairs_of(5)))

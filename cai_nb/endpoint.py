@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NEUTRAL', 'PROBE', 'steps_of', 'step_scores', 'echo_scores', 'read_completion', 'EndpointLM']
 
-# %% ../nbs/04e_endpoint.ipynb #044e9d5a
+# %% ../nbs/04e_endpoint.ipynb #91bca5e6
 import copy
 import hashlib
 import json
@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from .constitution import CaiError
-from .dialogue import encode_conversation, encode_text, ensure_chat_template, stop_texts, stop_token_ids
-from .generate import Reply, flag_reply
+from .dialogue import encode_text, ensure_chat_template, stop_texts, stop_token_ids
+from .generate import Reply, cut_prompt, flag_reply, prompt_tokens, seeds_for
 from .model import check_template, model_source
 from .server import Broken, Lacking, Refused, Server, once, read_choices
 
@@ -72,7 +72,7 @@ def read_completion(
     spent = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return Reply(text, done, flag_reply(text, done) + flags, len(text.split()) if spent is None else max(0, spent - done))
 
-# %% ../nbs/04e_endpoint.ipynb #8361f759
+# %% ../nbs/04e_endpoint.ipynb #724648ab
 NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 PROBE = "Which of these is better, (A) or (B)?"
 
@@ -121,8 +121,7 @@ class EndpointLM:
         "Tokens up to where the assistant speaks, as `LocalLM` has them."
         if self.tokenizer is None:
             raise CaiError(f"{self!r}: without a tokenizer there are no tokens to count or to score; give tokenizer= of the served model")
-        left_open = bool(conversation) and conversation[-1].get("role") == "assistant"
-        return encode_conversation(self.tokenizer, conversation, continue_final=left_open)
+        return prompt_tokens(self.tokenizer, conversation)
 
     def sample(
         self,
@@ -133,10 +132,7 @@ class EndpointLM:
         seed: int | list[int] = 0,  # for the call, or one for each conversation
     ) -> list[list[Reply]]:  # in the order of `conversations`, `n` for each
         "Sample replies. What is answered is kept while the rest is asked for again."
-        seeds = [seed] * len(conversations) if isinstance(seed, int) else list(seed)
-        if len(seeds) != len(conversations):
-            raise CaiError(f"seed: {len(seeds)} seeds for {len(conversations)} conversations; give one number, or one for each")
-        asks = [(self._ask(c, max_new_tokens), s) for c, s in zip(conversations, seeds)]
+        asks = [(self._ask(c, max_new_tokens), s) for c, s in zip(conversations, seeds_for(seed, len(conversations)))]
         questions = [self._question(ask, s, i, temperature, max_new_tokens) for ask, s in asks for i in range(n)]
         replies = self.server.follow([once(*question) for question in questions])
         return [replies[i * n:i * n + n] for i in range(len(conversations))]
@@ -181,12 +177,7 @@ class EndpointLM:
         return np.array([by_prompt[ids] for ids in prompts], dtype=np.float64).reshape(len(prompts), len(choices))
 
     def _prompt(self, conversation, reserve: int) -> tuple[list[int], tuple[str, ...]]:
-        "An encoded conversation and its flags: if it leaves no room for `reserve` tokens it loses its beginning."
-        room = (self.context or 1 << 24) - reserve
-        if room < 1:
-            raise CaiError(f"{reserve} new tokens leave no room for a prompt: the context of {self.model} is {self.context} tokens")
-        ids = self.encode(conversation)
-        return ids[-room:], ("prompt_cut",) if len(ids) > room else ()
+        return cut_prompt(self.encode(conversation), self.context or 1 << 24, reserve)
 
     def _ask(self, conversation, reserve: int) -> tuple[dict, tuple[str, ...]]:
         "Fields that put a conversation to the server, and its flags; an open turn in a chat needs a server known to continue it."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['soft_label', 'clamp_label', 'sample_pairs', 'label_preferences', 'position_bias', 'check_judge']
 
-# %% ../nbs/07_feedback.ipynb #2817a818
+# %% ../nbs/07_feedback.ipynb #8c60305d
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from .comparison import FEW_SHOT, comparison_text  # made there, and found here as well
 from .comparison import OPTIONS, comparison_context, draw_comparisons, few_shot_messages, verdict_context
 from .constitution import CaiError
-from .replies import ask, draw_seed, extra_flags, session, stored_rows
+from .replies import ask, draw_seed, extra_flags, is_cut, session, stored_rows
 from .rows import RowFile, row_id
 
 # %% ../nbs/07_feedback.ipynb #2205c069
@@ -93,7 +93,7 @@ def _count_vote(row, question, p_first, reason, clamp):
     row["votes"].append(vote)
     row["p_a"] = sum(v["p_a"] for v in row["votes"]) / len(row["votes"])
 
-# %% ../nbs/07_feedback.ipynb #0900352b
+# %% ../nbs/07_feedback.ipynb #120f8dd3
 def label_preferences(
     lm,  # an `LM`: the feedback model
     pairs: list,  # rows of pairs.jsonl
@@ -139,7 +139,7 @@ def label_preferences(
             reasons = ask(lm, contexts, seeds, temperature, max_new_tokens, "paper" if layout == "paper" else "chat")
             contexts = [verdict_context(c, text) for c, (text, _) in zip(contexts, reasons)]
         p_first = _p_first(lm, questions, contexts)
-        cut = {q.pair["id"] for q, c in zip(questions, contexts) if _is_cut(lm, c)}
+        cut = {q.pair["id"] for q, c in zip(questions, contexts) if is_cut(lm, c)}
         flags = {u["id"]: [*u["pair"]["flags"], *(["question_cut"] if u["id"] in cut else [])] for u in batch}
         rows = {id: {"pair_id": id, "p_a": 0.5, "votes": [], "flags": flags[id]} for id in flags}
         for question, p, reason in zip(questions, p_first, reasons, strict=True):
@@ -163,14 +163,6 @@ def _p_first(lm, questions, contexts):
                 " finite numbers; check the model (float16 overflows?) or the server"
             )
     return soft_label(logprobs)
-
-
-def _is_cut(lm, context, answer=8):
-    "Whether a local model reads only the end of a question because its context is shorter."
-    room = getattr(lm, "context", None)
-    if room is None or sum(len(m["content"].encode()) + 32 for m in context) < room:  # a token is a byte at least
-        return False
-    return len(lm.encode(context)) > room - answer
 
 
 def _messages_of(pairs, prompts):

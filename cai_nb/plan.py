@@ -159,7 +159,7 @@ def this_machine() -> dict:  # as `card` of a recipe
     return {"name": name, "memory": memory, "tflops": per_second(lambda: a @ a, 2 * n**3) / 1e12,
             "bandwidth": per_second(lambda: a.clone(), 2 * a.numel() * a.element_size()) / 1e9}
 
-# %% ../nbs/11e_plan.ipynb #ca94cc1c
+# %% ../nbs/11e_plan.ipynb #7da3ff43
 @dataclass(frozen=True)
 class Sizes:
     "What a model's configuration says about its memory."
@@ -178,6 +178,7 @@ class Sizes:
     ) -> Sizes:
         "Count on a model without memory."
         import torch
+        from cai_nb.session import numbers_kept
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
@@ -185,11 +186,9 @@ class Sizes:
         text = config.get_text_config()
         head = model.get_output_embeddings()
         layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         return cls(model.num_parameters(), sum(m.weight.numel() for m in layers), sum(m.in_features + m.out_features for m in layers),
                    text.num_hidden_layers, text.hidden_size, getattr(text, "intermediate_size", 4 * text.hidden_size),
-                   2 * text.num_hidden_layers * heads * width)
+                   numbers_kept(text))
 
 
 def memory_of(

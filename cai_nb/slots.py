@@ -93,10 +93,10 @@ def has_slots(
     plain = not kinds and not getattr(config, "attention_chunk_size", None) and not config.is_encoder_decoder
     return plain and bool(getattr(base, "_supports_attention_backend", False)) and not any(n.endswith("sinks") for n, _ in base.named_parameters())
 
-# %% ../nbs/03c_slots.ipynb #04702c14
+# %% ../nbs/03c_slots.ipynb #22237df1
 def like_lengths(
     lengths: list[int],  # tokens of each row
-    overhead: int = 48,  # tokens that a further pass costs as much as; a GPU reads thousands in that time
+    overhead: int = 48,  # tokens that a further pass costs as much as
 ) -> list[list[int]]:  # rows of each pass
     "Which rows to read together, so that little padding is read and passes are few."
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
@@ -111,7 +111,7 @@ def like_lengths(
         k = cut[k]
     return parts[::-1]
 
-# %% ../nbs/03c_slots.ipynb #3c6738f9
+# %% ../nbs/03c_slots.ipynb #6009dba9
 class Slots:
     "Keys and values of many rows: each grows, is rolled back, moves and is forked on its own; all stand behind one prefix."
     is_compileable = False  # asked by `transformers` of every cache
@@ -224,18 +224,20 @@ class Slots:
         self.lengths[target] = length = source.lengths[slot]
         self.make_room(length)
         for layer, pair in source.buffers.items():
-            if layer not in self.buffers:
-                self.buffers[layer] = [x.new_zeros(len(self.lengths), x.shape[1], self.width + 1, x.shape[-1]) for x in pair]
-            for mine, theirs in zip(self.buffers[layer], pair):
+            for mine, theirs in zip(self._buffers_like(layer, pair), pair):
                 mine[target, :, :length] = theirs[slot, :, :length]
+
+    def _buffers_like(self, layer: int, pair) -> list[torch.Tensor]:
+        "The buffers of a layer, made at first use in the shape and precision of its keys and values."
+        if layer not in self.buffers:
+            self.buffers[layer] = [x.new_zeros(len(self.lengths), x.shape[1], self.width + 1, x.shape[-1]) for x in pair]
+        return self.buffers[layer]
 
     # What `transformers` asks of a cache
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         "Write the keys and values of a layer into their places, and show those of the rows in question."
-        if layer_idx not in self.buffers:
-            self.buffers[layer_idx] = [x.new_zeros(len(self.lengths), x.shape[1], self.width + 1, x.shape[-1]) for x in (key_states, value_states)]
-        for buffer, states in zip(self.buffers[layer_idx], (key_states, value_states)):
+        for buffer, states in zip(self._buffers_like(layer_idx, (key_states, value_states)), (key_states, value_states)):
             if self._together is not None:
                 buffer[self._shown, :, self._together:self._together + states.shape[2]] = states
             else:
@@ -269,9 +271,8 @@ def _widened(buffer: torch.Tensor, width: int) -> torch.Tensor:
 def read_prefix(
     model,  # a causal language model for which `has_slots`
     tokens: list[int],  # what all rows begin with
-    adapters: list[str] | None = None,  # the adapter that reads it, in a list
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:  # for every layer keys and values [groups, P, D]
     "Read a prefix once, for any number of rows."
     slots = Slots(model, 1, len(tokens))
-    slots.read(0, [tokens], adapters=adapters)
+    slots.read(0, [tokens])
     return [tuple(buffer[0, :, :len(tokens)].contiguous() for buffer in slots.buffers[layer]) for layer in sorted(slots.buffers)]
