@@ -47,19 +47,18 @@ def run_stage(
                for name, value in counts.items() if isinstance(value, (int, float))]
     say(f"      {entry['seconds']:.0f} s   " + ", ".join(numbers))
 
-# %% ../nbs/11d_pipeline.ipynb #d053270b
+# %% ../nbs/11d_pipeline.ipynb #63960db9
 def further_tables(
     metrics: dict,  # of eval/metrics.json
 ) -> dict[str, list[list[str]]]:  # title → rows of texts
     "What a run measured besides the rates: votes between models, snapshots of RL, the paper's suites."
-    from cai_nb.evaluate import TITLES, show_rate
+    from cai_nb.elo import elo_cells
+    from cai_nb.evaluate import show_rate
     from cai_nb.suites import suite_rows
 
     tables = {}
     if votes := metrics.get("elo"):
-        cells = [[TITLES.get(r["model"], r["model"]), *("–" if r[k] is None else "0" if abs(r[k]) < 0.5 else f"{r[k]:+.0f}" for k in ("elo", "low", "high")),
-                  str(r["n"])] for r in votes]
-        tables["Votes of the feedback model"] = [["", "Elo", "from", "to", "votes"], *cells]
+        tables["Votes of the feedback model"] = [row[:5] for row in elo_cells(votes)]
     if along := metrics.get("snapshots"):
         rows = [[f"step {row['step']}", f"{row['score'].get('harmful', float('nan')):.2f}",
                  *(show_rate(row["kinds"]["harmful"][kind]) for kind in ("harmful", "objection", "garbled") if row["kinds"])] for row in along]
