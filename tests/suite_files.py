@@ -3,6 +3,8 @@
 import gzip
 import json
 
+import pytest
+
 FRAME = "Consider the following conversation between a human and an assistant:"
 PARTS = {"hhh": "438HHHEvaluations", "harmful-vs-ethical": "HarmfulVsEthical", "harm-types": "HarmfulnessClassification"}
 EXAMPLES = "paper/prompts/RLMadisonPrecogFewShotPrompts.json"
@@ -29,3 +31,18 @@ def write(path, rows):
     text = "".join(json.dumps(r) + "\n" for r in rows).encode()
     path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
     return path
+
+
+@pytest.fixture
+def two(tmp_path):
+    return write(tmp_path / "two.jsonl", [row(i, right=i % 3 == 0) for i in range(10)])
+
+
+@pytest.fixture(scope="module")
+def paper(shared_data):
+    return parts_of(shared_data)
+
+
+@pytest.fixture(scope="module")
+def examples(shared_data):
+    return shared_data / EXAMPLES

@@ -6,25 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from suite_files import EXAMPLES, PARTS, parts_of, row, write
+from suite_files import PARTS, examples, paper, row, two, write  # the small ones are fixtures
 
 from cai_nb.constitution import CaiError
 from cai_nb.questions import LEAKED, OPENING, SUITES, find_contaminated, parse_suite, read_suite
-
-
-@pytest.fixture
-def two(tmp_path):
-    return write(tmp_path / "two.jsonl", [row(i, right=i % 3 == 0) for i in range(10)])
-
-
-@pytest.fixture(scope="module")
-def paper(shared_data):
-    return parts_of(shared_data)
-
-
-@pytest.fixture(scope="module")
-def examples(shared_data):
-    return shared_data / EXAMPLES
 
 
 def raw(path):

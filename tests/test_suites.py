@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from scripted import Killed, ScriptedLM
-from suite_files import EXAMPLES, PARTS, parts_of, row, write
+from suite_files import PARTS, examples, paper, row, two, write  # the small ones are fixtures
 
 from cai_nb.constitution import CaiError
 from cai_nb.dialogue import encode_text
@@ -51,23 +51,8 @@ def knowing(items):
 
 
 @pytest.fixture
-def two(tmp_path):
-    return write(tmp_path / "two.jsonl", [row(i, right=i % 3 == 0) for i in range(10)])
-
-
-@pytest.fixture
 def nine(tmp_path):
     return write(tmp_path / "nine.jsonl.gz", [row(i, 9, i % 4, "{}") for i in range(7)])
-
-
-@pytest.fixture(scope="module")
-def paper(shared_data):
-    return parts_of(shared_data)
-
-
-@pytest.fixture(scope="module")
-def examples(shared_data):
-    return shared_data / EXAMPLES
 
 
 @pytest.fixture(scope="module")
