@@ -17,12 +17,13 @@ def lines(key):
 # Constitutions and recipes lie at the top of the checkout, where people look for them, and inside the installed package.
 folders = {f"{settings['lib_name']}.{name}": name for name in ("constitutions", "recipes")}
 data = ["*.json", "*.jsonl", "*.safetensors", "*.yaml", "*.md", "*.jinja", "*.png", "*.css", "*.js", "*.html"]
+readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8").split("\n---\n", 1)[-1]  # without the head that a Hub Space reads
 
 setup(
     name=settings["dist_name"],
     version=settings["version"],
     description=settings["description"],
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=readme,
     long_description_content_type="text/markdown",
     author=settings["author"],
     license=settings["license"],

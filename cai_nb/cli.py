@@ -136,18 +136,21 @@ def run_command(
 
         typer.echo(f"run folder: {run_recipe(recipe, out, sets, until)}")
 
-# %% ../nbs/13_cli.ipynb #119436e8
+# %% ../nbs/13_cli.ipynb #0f1b6bda
 @app.command("app")
 def app_command(
     run: Annotated[Optional[Path], typer.Argument(help="A run folder; without it, the models that come with the package.")] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on.")] = 7860,
     share: Annotated[bool, typer.Option("--share", help="Open a public link through Gradio's servers.")] = False,
+    folder: Annotated[Path, typer.Option(help="Votes and models trained in the app are kept here; nothing is written elsewhere.")] = Path("runs/app"),
+    auth: Annotated[Optional[str], typer.Option(metavar="USER:PASSWORD", help="Ask for it; several with commas between.")] = None,
+    root_path: Annotated[Optional[str], typer.Option(help="The path under which a proxy serves the app, such as /cai.")] = None,
 ) -> None:
-    "Chat with base, SL-CAI and RL-CAI side by side in the browser."
+    "Chat with base, SL-CAI and RL-CAI side by side in the browser, look inside, vote."
     from cai_nb.app import serve
 
-    serve(run, host, port, share)
+    serve(run, host, port, share, folder=folder, auth=auth, root_path=root_path)
 
 # %% ../nbs/13_cli.ipynb #d759d4a2
 @app.command("eval")

@@ -155,18 +155,23 @@ def save_figures(
     for path, figure in zip(paths, figures.values()): path.write_bytes(png(figure))
     return paths
 
-# %% ../nbs/10b_report.ipynb #9ccf22f0
+# %% ../nbs/10b_report.ipynb #f95a5b05
 def esc(text) -> str:
     "Any value as text that HTML shows and does not obey."
     return html.escape(str(text), quote=True)
 
 
-def html_table(rows: list[list[str]]) -> str:
-    "A table; the first row is its heading, the first cell of each row names it."
-    head = "".join(f'<th scope="col">{esc(c)}</th>' for c in rows[0])
+def html_table(
+    rows: list[list[str]],  # the first is the heading, the first cell of each other row names it
+    caption: str = "",
+) -> str:
+    "A table that scrolls sideways where it is too wide, by keyboard too."
+    head = "".join(f'<th scope="col">{esc(c)}</th>' if str(c) else "<td></td>" for c in rows[0])
     cells = [(r[0], "".join(f"<td>{esc(c)}</td>" for c in r[1:])) for r in rows[1:]]
     body = "".join(f'<tr><th scope="row">{esc(name)}</th>{cell}</tr>' for name, cell in cells)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    title = f"<caption>{esc(caption)}</caption>" if caption else ""
+    return (f'<div class="wide" tabindex="0" role="region" aria-label="{esc(caption or "table")}"><table>{title}'
+            f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>")
 
 # %% ../nbs/10b_report.ipynb #312b834d
 def transcripts(

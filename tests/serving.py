@@ -1,16 +1,20 @@
-"""For the app's tests: a run folder whose adapters are random but real, and the app on a free port."""
+"""For the app's tests: a run folder whose adapters are random but real, the app on a free port, raw requests to it."""
 import json
 import socket
+import subprocess
+import sys
 import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import torch
 import yaml
 
-from cai_nb.app import build_demo, load_run, look
+from cai_nb.app import build_demo, launch_settings
+from cai_nb.compare import load_run
 from cai_nb.model import load_model, lora_config, save_adapter
 from cai_nb.mini import world
 
@@ -40,12 +44,13 @@ def make_run(folder: Path, stages=("sl", "rl")) -> Path:
 
 
 class Slow:
-    "The same language model, slow enough to be watched; it counts its steps."
+    "The same language model, slow enough to be watched; it counts its steps, and how often a stream ended."
 
     def __init__(self, lm, delay):
-        self.lm, self.delay, self.steps, self.closed = lm, delay, 0, 0
+        self.lm, self.delay, self.steps, self.closed, self.open = lm, delay, 0, 0, 0
 
     def stream(self, *args, **kwargs):
+        self.open += 1
         try:
             for texts in self.lm.stream(*args, **kwargs):
                 time.sleep(self.delay)
@@ -53,6 +58,13 @@ class Slow:
                 yield texts
         finally:
             self.closed += 1
+            self.open -= 1
+
+    def with_adapter(self, name):
+        return self.lm.with_adapter(name)
+
+    def __getattr__(self, name):
+        return getattr(self.lm, name)
 
 
 def free_port() -> int:
@@ -62,15 +74,61 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(run: Path, delay: float = 0.0, **changes):
-    "The app of a run on a free port: its address, its model and the warnings that starting it gave."
+def served(run: Path | None = None, delay: float = 0.0, folder: Path | None = None, max_waiting: int = 32, launch={}, **changes):
+    "The app of a run on a free port: its address, its model, the demo and the warnings that starting it gave."
     models, constitution = load_run(run)
     lm = Slow(models.lm, delay)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        demo = build_demo(replace(models, lm=lm, **changes), constitution)
-        _, url, _ = demo.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, ssr_mode=False, **look())
+        demo = build_demo(replace(models, lm=lm, **changes), constitution, folder, max_waiting)
+        _, url, _ = demo.launch(server_port=free_port(), prevent_thread_lock=True, **launch_settings(), **launch)
     try:
         yield url, lm, demo, told
     finally:
         demo.close()
+
+
+def post(url: str, name: str, *args) -> httpx.Response:
+    "A raw call of an endpoint: its answer has the id of the event, or says why there is none."
+    return httpx.post(f"{url}gradio_api/call/{name}", json={"data": list(args)}, timeout=60)
+
+
+def events(url: str, name: str, id: str):
+    "What an endpoint sends, as (event, data)."
+    with httpx.stream("GET", f"{url}gradio_api/call/{name}/{id}", timeout=120) as answer:
+        kind = None
+        for line in answer.iter_lines():
+            if line.startswith("event: "):
+                kind = line[7:]
+            elif line.startswith("data: ") and kind != "heartbeat":
+                yield kind, json.loads(line[6:])
+
+
+@contextmanager
+def process(folder: Path, **settings):
+    "The app in a process of its own, as (address, process, its memory and threads by psutil)."
+    import psutil
+
+    port = free_port()
+    code = f"import serving; serving.run_forever({port}, {settings!r})"
+    log = open(folder / "server.log", "w")
+    server = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        url = server.stdout.readline().strip()
+        assert url, (folder / "server.log").read_text()
+        yield url, server, psutil.Process(server.pid)
+    finally:
+        server.kill()
+        server.wait()
+        log.close()
+
+
+def run_forever(port: int, settings: dict):
+    "What that process does."
+    torch.set_num_threads(1)
+    folder, max_waiting = settings.pop("folder", None), settings.pop("max_waiting", 32)
+    models, constitution = load_run()
+    demo = build_demo(replace(models, **settings), constitution, folder, max_waiting)
+    _, url, _ = demo.launch(server_port=port, prevent_thread_lock=True, **launch_settings())
+    print(url, flush=True)
+    demo.block_thread()

@@ -79,10 +79,15 @@ def test_requirements_have_floors_that_the_constraints_meet(key):
             assert requirement.specifier.contains(pins[name]), f"constraints.txt pins {name}=={pins[name]}, not {requirement}"
 
 
+def test_requirements_for_a_space_are_those_of_the_package():
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert [Requirement(line) for line in lines if not line.startswith("#")] == requirements("requirements")
+
+
 def test_every_import_is_declared():
     extras = [key for key in settings() if key.endswith("requirements") and key != "dev_requirements"]
     declared = {requirement.name for key in extras for requirement in requirements(key)}
-    declared |= COME_WITH_TRANSFORMERS | set(sys.stdlib_module_names) | {"cai_nb", "yaml"}
+    declared |= COME_WITH_TRANSFORMERS | set(sys.stdlib_module_names) | {"cai_nb", "yaml", "fastapi", "spaces"}  # fastapi comes with Gradio; spaces is there on a Space
     for path in MODULES:
         foreign = {name.split(".")[0] for name, level in imports(path) if not level} - declared
         assert not foreign, f"{relative(path)} imports {foreign}, which settings.ini does not name"

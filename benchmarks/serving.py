@@ -1,0 +1,166 @@
+"""Time to first text under a crowd, beside a bare Gradio app that only waits as long as the model works.
+
+    python benchmarks/serving.py [--repeats 5] [--clients 32] [--turns 5] [--quick]
+
+Each app is a process of its own with one thread for PyTorch. First one visitor alone asks for every turn, and the times between the events
+of the answers are kept: the model's delays. The bare app is `gr.api` with a generator that sleeps through these delays and yields as many
+texts of the same length: no checks, no page, no model. Then, in turns, all clients at once hold their conversations with one app and
+with the other; a client asks for its next turn when the last is answered. Measured is the time from a request to its first text, over all
+requests of a round: the 95th percentile. In both apps one request at a time has the model, so most of it is waiting in line.
+
+What differs. A sleeping app leaves the processor to the clients, ours computes; the delays were measured with a processor to itself.
+
+Writes benchmarks/results/serving.json.
+"""
+import argparse
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import httpx
+
+MUST = 1.25  # times the 95th percentile of the bare app
+PROMPT, NEW_TOKENS = "How do I punch a boss?", 32
+
+OURS = """
+import torch; torch.set_num_threads(1)
+from dataclasses import replace
+from cai_nb.app import build_demo, launch_settings
+from cai_nb.compare import load_run
+models, constitution = load_run()
+demo = build_demo(replace(models, max_new_tokens=NEW_TOKENS), constitution)
+settings = launch_settings()
+"""
+BARE = """
+import time
+from collections.abc import Iterator
+import gradio as gr
+with gr.Blocks(analytics_enabled=False) as demo:
+    def compare(prompt: str, seed: int, temperature: float, history: list) -> Iterator[dict[str, str]]:
+        first, *more = DELAYS[len(history or [])]
+        text = "x"
+        time.sleep(first)
+        yield dict.fromkeys(("base", "sl", "rl"), text)
+        for delay in more:
+            time.sleep(delay)
+            text += "x" * 12
+            yield dict.fromkeys(("base", "sl", "rl"), text)
+    gr.api(compare, api_name="compare", concurrency_limit=1)
+demo.queue(max_size=32, default_concurrency_limit=1)
+settings = dict(ssr_mode=False, quiet=True)
+"""
+SERVE = """
+_, url, _ = demo.launch(server_port=PORT, prevent_thread_lock=True, **settings)
+print(url, flush=True)
+demo.block_thread()
+"""
+
+
+@contextmanager
+def server(code, **values):
+    "An app in a process of its own: its address."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    head = "".join(f"{name} = {value!r}\n" for name, value in {**values, "PORT": port}.items())
+    process = subprocess.Popen([sys.executable, "-c", head + code + SERVE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    try:
+        yield process.stdout.readline().strip()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask(url, history, seed):
+    "One request: seconds to each of its texts, and the last one."
+    start, times, last = time.perf_counter(), [], None
+    joined = httpx.post(f"{url}gradio_api/call/compare", json={"data": [PROMPT, seed, 1.0, history]}, timeout=60).raise_for_status()
+    with httpx.stream("GET", f"{url}gradio_api/call/compare/{joined.json()['event_id']}", timeout=300) as answer:
+        kind = None
+        for line in answer.iter_lines():
+            if line.startswith("event: "):
+                kind = line[7:]
+            elif line.startswith("data: ") and kind == "generating":
+                times.append(time.perf_counter() - start)
+                (last,) = json.loads(line[6:])
+            assert kind != "error", line
+    return times, last
+
+
+def talk(url, turns, seed):
+    "A conversation: seconds to the texts of each turn."
+    history, found = [], []
+    for turn in range(turns):
+        times, last = ask(url, history, seed + turn)
+        found.append(times)
+        history.append({"prompt": PROMPT, "answers": last})
+    return found
+
+
+def delays(url, turns, n=3):
+    "For each turn, the times between its texts when nobody else is there (of the middle one of `n` conversations)."
+    talks = sorted((talk(url, turns, 100 * i) for i in range(n)), key=lambda t: sum(times[-1] for times in t))
+    return [[b - a for a, b in zip([0.0, *times], times)] for times in talks[n // 2]]
+
+
+def crowd(url, clients, turns):
+    "All first texts of a round, in seconds."
+    with ThreadPoolExecutor(clients) as pool:
+        talks = list(pool.map(lambda i: talk(url, turns, 1000 * i), range(clients)))
+    return sorted(times[0] for found in talks for times in found)
+
+
+def p95(values):
+    return values[min(len(values) - 1, int(0.95 * len(values)))]
+
+
+def machine():
+    info = Path("/proc/cpuinfo")
+    named = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return {"platform": platform.platform(), "cpu": named[0].partition(":")[2].strip() if named else platform.processor(),
+            "cores": os.cpu_count(), "python": platform.python_version(), **{name: version(name) for name in ("torch", "gradio")}}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="3 clients, 2 turns, once: that it runs; nothing is written")
+    args = parser.parse_args()
+    if args.quick:
+        args.repeats, args.clients, args.turns = 1, 3, 2
+    rounds, load = [], os.getloadavg()[0]
+    with server(OURS, NEW_TOKENS=NEW_TOKENS) as ours:
+        talk(ours, 1, 0)
+        waits = delays(ours, args.turns)
+        with server(BARE, DELAYS=waits) as bare:
+            talk(bare, 1, 0)
+            for _ in range(args.repeats):
+                rounds.append({name: p95(crowd(url, args.clients, args.turns)) for name, url in (("ours", ours), ("bare", bare))})
+                print("   ".join(f"{name} {seconds:.2f} s" for name, seconds in rounds[-1].items()), flush=True)
+    ratios = sorted(r["ours"] / r["bare"] for r in rounds)
+    print(f"time to first text, p95 of {args.clients} clients × {args.turns} turns: {median(ratios):.3f} times the bare app "
+          f"({ratios[0]:.2f} to {ratios[-1]:.2f}), at most {MUST}: {'ok' if median(ratios) <= MUST else 'MISS'}")
+    if not args.quick:
+        path = Path(__file__).parent / "results" / "serving.json"
+        path.write_text(json.dumps({
+            "machine": machine(), "load": round(load, 2), "must": MUST, "clients": args.clients, "turns": args.turns, "ratio": round(median(ratios), 4),
+            "ratios": [round(r, 4) for r in ratios], "rounds": [{k: round(v, 3) for k, v in r.items()} for r in rounds],
+            "delays": [[round(d, 4) for d in turn] for turn in waits]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""A crowd: everybody who is let in is answered, and with their own answers; who is not let in hears so; nothing is left behind."""
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+from serving import PANDAS, events, post, process
+
+from cai_nb.compare import load_run, talks_of
+from cai_nb.mini import world
+
+CLIENTS, TURNS, BURST = 32, 5, 200
+PROMPTS = [row["messages"][0]["content"] for kind in ("harmful", "benign") for row in world.prompts("test", kind, CLIENTS, seed=5)]
+pytestmark = pytest.mark.filterwarnings(PANDAS)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with process(tmp_path_factory.mktemp("load"), max_new_tokens=12) as found:
+        yield found
+
+
+def answer(url, prompt, seed, history=None, leave_after=None):
+    "One request to its end, as (status, states); text only grows."
+    joined = post(url, "compare", prompt, seed, 1.0, history)
+    if joined.status_code != 200:
+        return joined, []
+    states, stream = [], events(url, "compare", joined.json()["event_id"])
+    for kind, data in stream:
+        assert kind in ("generating", "complete"), (kind, data)
+        (texts,) = data
+        assert not states or all(texts[m].startswith(states[-1][m]) for m in texts), "text only grows"
+        states.append(texts)
+        if leave_after == len(states):
+            stream.close()
+            break
+    return joined, states
+
+
+def expected(asked):
+    "What each model says to each (history, prompt, seed), asked here and not over the line."
+    models, _ = load_run()
+    found = []
+    for column, adapter in models.adapters.items():
+        talks = [talks_of(history, prompt, [column])[column] for history, prompt, _ in asked]
+        replies = models.lm.with_adapter(adapter).sample(talks, max_new_tokens=12, seed=[seed for _, _, seed in asked])
+        found.append([reply.text for (reply,) in replies])
+    return [dict(zip(models.adapters, texts)) for texts in zip(*found)]
+
+
+def test_32_clients_of_5_turns_all_get_their_own_answers(server):
+    url, asked, got, lock = server[0], [], [], threading.Lock()
+
+    def visit(client):
+        history = []
+        for turn in range(TURNS):
+            prompt, seed = PROMPTS[(client * TURNS + turn) % len(PROMPTS)], 100 * client + turn
+            joined, states = answer(url, prompt, seed, list(history))
+            assert joined.status_code == 200 and states, joined.text
+            with lock:
+                asked.append((list(history), prompt, seed))
+                got.append(states[-1])
+            history.append({"prompt": prompt, "answers": states[-1]})
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        list(pool.map(visit, range(CLIENTS)))
+    assert len(got) == CLIENTS * TURNS
+    assert got == expected(asked), "somebody got somebody else's answer"
+
+
+def test_a_burst_of_200_with_a_quarter_leaving(server):
+    url, _, machine = server
+    with ThreadPoolExecutor(BURST) as pool:
+        results = list(pool.map(lambda i: (i, *answer(url, PROMPTS[i % len(PROMPTS)], i, leave_after=1 if i % 4 == 0 else None)), range(BURST)))
+    let_in = [(i, states) for i, joined, states in results if joined.status_code == 200]
+    refused = [joined for _, joined, _ in results if joined.status_code != 200]
+    assert len(let_in) >= 33 and refused, "the line holds 32, and one is being answered"
+    assert {r.status_code for r in refused} == {503} and all("Queue is full" in r.text for r in refused)
+    stayed = [(i, states) for i, states in let_in if i % 4]
+    assert [states[-1] for _, states in stayed] == expected([([], PROMPTS[i % len(PROMPTS)], i) for i, _ in stayed])
+    assert all(len(states) == 1 for i, states in let_in if i % 4 == 0)
+    joined, states = answer(url, PROMPTS[0], 1)  # and the next visitor is served
+    assert joined.status_code == 200 and states
+
+
+def test_a_thousand_requests_leave_no_memory_and_no_thread_behind(server):
+    url, _, machine = server
+
+    def many(n):
+        with ThreadPoolExecutor(8) as pool:
+            assert all(states for _, states in pool.map(lambda i: answer(url, PROMPTS[i % len(PROMPTS)], i), range(n)))
+        time.sleep(12)  # idle worker threads end after ten seconds
+        return machine.memory_info().rss, machine.num_threads()
+
+    memory, threads = many(100)
+    later, threads_later = many(1000)
+    assert later <= 1.05 * memory, f"{memory / 2**20:.0f} MiB before, {later / 2**20:.0f} MiB after"
+    assert threads_later <= threads, "threads are left"
+
+
+def test_the_page_is_still_there(server):
+    assert httpx.get(server[0]).status_code == 200
