@@ -77,13 +77,11 @@ def told_of(found: dict) -> str:
     count = f"{n} vote{'s' * (n != 1)} on these models." if n else "No votes on these models yet."
     return count + (f" {others} more on other weights of the same names, not counted here." if others else "")
 
-# %% ../nbs/12l_arena_tab.ipynb #53621398
+# %% ../nbs/12l_arena_tab.ipynb #376bd89f
 KEPT = ("A vote keeps the prompt, both answers and your two choices. It does not keep who you are. Everybody who uses this page can "
         "download it, so do not type anything private.")
-UNKEPT = ("No votes here: the app was started without a folder to keep them in. You can still compare blindly, "
-          "and see the names afterwards.")
-EXPERIMENT = ("mini is an experiment, and so are its answers: votes on them show how an arena works, and say nothing about "
-              "large models.")
+UNKEPT = "No votes are kept: the app was started without a folder for them. You can still compare blindly, then see the names."
+EXPERIMENT = "mini is an experiment, and so are its answers: votes on them say nothing about large models."
 BUTTONS = [(choice[:1].upper() + choice[1:], choice) for choice in CHOICES]
 
 
@@ -91,7 +89,7 @@ def promise(site: Site) -> str:
     "What becomes of a vote."
     return note(UNKEPT, "warn") if site.folder is None else note(KEPT)
 
-# %% ../nbs/12l_arena_tab.ipynb #8310cfef
+# %% ../nbs/12l_arena_tab.ipynb #fb35a5f7
 def lay_out(site: Site) -> SimpleNamespace:  # the components that events need
     "The tab's components, from top to bottom."
     page = SimpleNamespace(state=gr.State({}, time_to_live=3600), cards={}, choices={}, tables={}, saves={})
@@ -101,9 +99,9 @@ def lay_out(site: Site) -> SimpleNamespace:  # the components that events need
         with gr.Column(scale=3, min_width=280, elem_classes="buttons"), gr.Row():
             page.ask = gr.Button("Two answers, names hidden", variant="primary", min_width=200, scale=4, elem_id="arena-ask")
             page.stop = gr.Button("Stop", interactive=False, min_width=70, scale=1, elem_id="arena-stop")
-    chips = [item for texts in site.models.examples.values() for item in list(texts.items())[:2]]
+    chips = {name: text for texts in site.models.examples.values() for name, text in list(texts.items())[:2]}
     with gr.Column(elem_classes="examples"):
-        page.chips = gr.Dataset(components=[page.prompt], samples=[[text] for _, text in chips], sample_labels=[name for name, _ in chips],
+        page.chips = gr.Dataset(components=[page.prompt], samples=[[text] for text in chips.values()], sample_labels=list(chips),
                                 label="Examples", samples_per_page=20, elem_id="arena-examples", visible=bool(chips))
     page.status = gr.HTML(note(EXPERIMENT if site.models.mini else ""), elem_id="arena-status")
     room = "long" if site.models.max_new_tokens > 100 else "short"
@@ -113,15 +111,15 @@ def lay_out(site: Site) -> SimpleNamespace:  # the components that events need
     lay_out_vote(site, page)
     return page
 
-# %% ../nbs/12l_arena_tab.ipynb #6503a9a6
+# %% ../nbs/12l_arena_tab.ipynb #8ce88026
 def lay_out_vote(site: Site, page: SimpleNamespace):
     "The two questions, the button, and beneath them the table."
     with gr.Row(elem_classes="questions", visible=site.folder is not None):
         for about, question in ABOUT.items():
             page.choices[about] = gr.Radio(BUTTONS, label=question, interactive=False, min_width=300, elem_id=f"arena-{about}")
     with gr.Row(elem_classes="cast"):
-        page.vote = gr.Button("Show the names" if site.folder is None else "Vote", variant="primary", interactive=False, min_width=190,
-                              scale=0, elem_id="arena-vote")
+        name = "Show the names" if site.folder is None else "Vote"
+        page.vote = gr.Button(name, variant="primary", interactive=False, min_width=190, scale=0, elem_id="arena-vote")
         page.told = gr.HTML(promise(site), elem_id="arena-told")
     with gr.Column(visible=site.folder is not None, elem_id="arena-standings"):
         gr.HTML("<h2>Standings</h2>")
@@ -131,11 +129,10 @@ def lay_out_vote(site: Site, page: SimpleNamespace):
                 with gr.Column(min_width=300):
                     page.tables[about] = gr.HTML("", elem_id=f"arena-table-{about}", elem_classes="standings")
                     page.saves[about] = gr.Button(f"Download the {about} votes (JSONL)", size="sm", elem_id=f"arena-save-{about}")
-        page.saved = gr.HTML(note("Downloads are comparisons for training, as the recipe's key helpfulness.comparisons reads them."),
-                             elem_id="arena-saved")
+        page.saved = gr.HTML(note("These are comparisons for training: the recipe's helpfulness.comparisons."), elem_id="arena-saved")
         page.file = gr.JSON(visible="hidden", elem_id="arena-file")
 
-# %% ../nbs/12l_arena_tab.ipynb #f0cfb3ae
+# %% ../nbs/12l_arena_tab.ipynb #41855646
 class Events:
     "What happens in the tab."
 
@@ -164,9 +161,9 @@ class Events:
 
     def answer(self, asked, request: gr.Request):
         "Stream both answers, then open the ballot."
-        halted = self.site.switches.of(request.session_hash, "arena").is_set
-        ballot = draw_ballot(self.site.models, self.site.constitution, **asked)
-        for ballot in answer_ballot(self.site.models, ballot, halted): yield self.cards(ballot.answers, "writing")
+        halted, models = self.site.switches.of(request.session_hash, "arena").is_set, self.site.models
+        ballot = draw_ballot(models, self.site.constitution, **asked)
+        for ballot in answer_ballot(models, ballot, halted): yield self.cards(ballot.answers, "writing")
         if halted():
             yield {self.page.status: note("Stopped: half an answer cannot be voted on. Ask again."), **self.cards(ballot.answers, "done")}
             return
@@ -196,16 +193,16 @@ class Events:
         "The tables as they are now; if the file cannot be read, why."
         try: found = self.arena.standings(self.site.models)
         except CaiError as e: return {self.page.count: note(str(e), "warn")}
-        tables = self.page.tables.items()
-        return {self.page.count: note(told_of(found)), **{html: standings_html(self.site, found, about) for about, html in tables}}
+        shown = {html: standings_html(self.site, found, about) for about, html in self.page.tables.items()}
+        return {self.page.count: note(told_of(found)), **shown}
 
     def export(self, about):
         "The votes on one question as lines of JSON, for the browser to save."
         with as_message(): rows, out = export_rows(self.arena.votes.rows(), about)
         left = ", ".join(f"{n} {why}" for why, n in out.items() if n)
         told = f"{len(rows)} comparison{'s' * (len(rows) != 1)} about what is more {about}" + (f"; left out: {left}" if left else "")
-        lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-        return {self.page.file: {"name": f"arena-{about}.jsonl", "text": lines}, self.page.saved: note(told + ".")}
+        file = {"name": f"arena-{about}.jsonl", "text": "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)}
+        return {self.page.file: file, self.page.saved: note(told + ".")}
 
     def halt(self, request: gr.Request):
         "Stop before the next token."
@@ -215,12 +212,11 @@ class Events:
         "The buttons as they were."
         return {self.page.ask: gr.update(interactive=True), self.page.stop: gr.update(interactive=False)}
 
-# %% ../nbs/12l_arena_tab.ipynb #a7a71513
+# %% ../nbs/12l_arena_tab.ipynb #b1eb5af5
 SAVE = """(file) => { if (!file?.text) return null;
   const link = document.createElement('a'); link.href = URL.createObjectURL(new Blob([file.text], {type: 'application/jsonl'}));
   link.download = file.name; link.click(); setTimeout(() => URL.revokeObjectURL(link.href), 10000); return null; }"""
-SHOW = """() => { if (window.innerWidth < 700)
-  document.querySelector('#arena-status').scrollIntoView({behavior: 'smooth', block: 'start'}); }"""
+SHOW = """() => { if (innerWidth < 700) document.querySelector('#arena-status').scrollIntoView({behavior: 'smooth', block: 'start'}) }"""
 
 
 def connect(page: SimpleNamespace, events: Events):
@@ -240,18 +236,18 @@ def connect(page: SimpleNamespace, events: Events):
         made = button.click(partial(events.export, about), None, [page.file, page.saved], **AT_ONCE)
         made.success(None, page.file, page.file, js=SAVE, **QUIET)
     if events.arena.votes is None: return
-    gr.context.Context.root_block.load(events.refresh, None, tables, **AT_ONCE)
-    tab = gr.context.Context.block
-    if isinstance(tab, gr.Tab): tab.select(events.refresh, None, tables, **AT_ONCE)
+    context = gr.context.Context
+    context.root_block.load(events.refresh, None, tables, **AT_ONCE)
+    if isinstance(context.block, gr.Tab): context.block.select(events.refresh, None, tables, **AT_ONCE)
 
-# %% ../nbs/12l_arena_tab.ipynb #c6ffb70c
+# %% ../nbs/12l_arena_tab.ipynb #7620bc56
 def endpoints(site: Site, arena: Arena):
     "The public endpoints of this tab."
     def two_answers(prompt: str, seed: int | None = None, temperature: float = 1.0) -> Iterator[dict[str, str]]:
         "Two answers, names hidden: {ballot, a, b}, streamed; the ballot is empty until both are complete."
-        with as_message():
-            ballot = draw_ballot(site.models, site.constitution, checked_prompt(prompt), checked_seed(seed), temperature)
-        for ballot in answer_ballot(site.models, ballot): yield {"ballot": "", **dict(zip("ab", ballot.answers))}
+        models = site.models
+        with as_message(): ballot = draw_ballot(models, site.constitution, checked_prompt(prompt), checked_seed(seed), temperature)
+        for ballot in answer_ballot(models, ballot): yield {"ballot": "", **dict(zip("ab", ballot.answers))}
         yield {"ballot": arena.open(ballot), **dict(zip("ab", ballot.answers))}
 
     def vote(ballot: str, helpful: str | None = None, harmless: str | None = None) -> dict:
@@ -269,12 +265,13 @@ def endpoints(site: Site, arena: Arena):
     api(vote, "vote", arena.look, choice, choice, concurrency_limit=None)
     api(table, "standings", concurrency_limit=4)
 
-# %% ../nbs/12l_arena_tab.ipynb #afaf2924
+# %% ../nbs/12l_arena_tab.ipynb #c877e0c0
 def arena_tab(site: Site) -> SimpleNamespace:
-    "The tab, laid out and connected; the app needs `prompt`."
-    page, arena = lay_out(site), Arena(site.folder)
-    connect(page, Events(page, site, arena))
-    endpoints(site, arena)
+    "The tab, laid out and connected: its components by name, and `arena`, with the open ballots."
+    page = lay_out(site)
+    page.arena = Arena(site.folder)
+    connect(page, Events(page, site, page.arena))
+    endpoints(site, page.arena)
     return page
 
 
@@ -287,20 +284,17 @@ STYLE = """
 .blind .text{height:5.2rem;overflow-y:auto}.long .blind .text{height:clamp(11rem,30vh,20rem)}
 .questions{gap:1rem!important}.questions>.block{background:none!important;border:0!important;padding:0!important;box-shadow:none}
 .questions .wrap{display:grid!important;grid-template-columns:repeat(4,1fr);gap:.5rem!important}
-.questions input{border-color:var(--soft)!important}
-.questions input:checked{background-color:var(--accent)!important;border-color:var(--accent)!important}
+.questions input{border-color:var(--soft)!important}.questions input:checked{background-color:var(--accent)!important}
 .cast{align-items:center!important;gap:1rem!important;min-height:3.6rem}.cast button{min-height:2.9rem}
 .standings{min-height:15rem}.standings h3{margin:.2rem 0 .5rem!important}.standings .wide table{width:100%}
 .standings :is(table,thead,tbody,tr){border:0!important}.standings caption{position:absolute;clip-path:inset(50%)}
 .ladder{display:grid;grid-template-columns:max-content 1fr;gap:.35rem .9rem;align-items:center;font-size:.9rem;color:var(--ink);
  margin-bottom:.7rem;min-height:4.6rem}
-.track{position:relative;height:1.2rem;overflow:hidden}.track i{position:absolute;display:block}
-.track .zero{top:0;bottom:0;width:1px;background:var(--rule)}
-.track .span{top:.45rem;height:.3rem;background:var(--accent);opacity:.32;border-radius:2px}
-.track .open-low{mask-image:linear-gradient(90deg,transparent,#000 60%)}
-.track .open-high{mask-image:linear-gradient(270deg,transparent,#000 60%)}
+.track{position:relative;height:1.2rem;overflow:hidden}.track i{position:absolute}
+.track .zero{height:100%;width:1px;background:var(--rule)}.track .span{top:.45rem;height:.3rem;background:var(--accent);opacity:.32}
+.open-low{mask-image:linear-gradient(90deg,transparent,#000 60%)}.open-high{mask-image:linear-gradient(270deg,transparent,#000 60%)}
 .track .place{top:.26rem;width:.68rem;height:.68rem;margin-left:-.34rem;border-radius:50%;background:var(--accent);
  border:2px solid var(--sheet);box-sizing:border-box}
-@media(max-width:700px){.short .blind .text{height:8.5rem}.blind{padding:.8rem .95rem}.cast{flex-direction:column}.cast>*{width:100%}
- .questions .wrap{grid-template-columns:1fr 1fr}#arena-ask{padding-inline:.5rem}}
+@media(max-width:700px){.short .blind .text{height:8.5rem}.blind{padding:.8rem .95rem}.cast{flex-direction:column}
+ .cast>*{width:100%!important}.questions .wrap{grid-template-columns:1fr 1fr}#arena-ask{padding-inline:.5rem}}
 """

@@ -114,7 +114,7 @@ def critique_html(principle, answer: str, found: dict, state: str = "done") -> s
             f'{said(critique, now, "…")}<p class="principle step"><b>Revision</b><span class="quiet">{esc(principle.revision)}</span></p>'
             f'<p class="said">{after}</p>')
 
-# %% ../nbs/12f_cards.ipynb #be71154b
+# %% ../nbs/12f_cards.ipynb #2a4d366b
 def preference_html(
     titles: dict,   # column → title
     column: str,    # whose card it is
@@ -125,7 +125,8 @@ def preference_html(
     parts = [f'<p class="principle"><b>{esc(principle.title or "By the question")}</b><span class="quiet">{esc(principle.comparison)}</span></p>']
     for (a, b), pair in found.items():
         if column in (a, b): parts.append(_pair_html(titles, b if column == a else a, column == a, pair))
-    return "".join(parts) if len(parts) > 1 else parts[0] + '<p class="quiet">There is no other answer.</p>'
+    if len(parts) == 1: parts.append(f'<p class="quiet">{"There is no other answer." if found else "…"}</p>')
+    return "".join(parts)
 
 
 def _pair_html(titles, other, first, pair) -> str:

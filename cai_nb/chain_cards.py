@@ -64,7 +64,7 @@ def _score(i: int, scores: list[float]) -> str:
     told = f"{value}{moved}".replace("(+0.00)", "(±0)").replace("(-0.00)", "(±0)").replace("-", "−")
     return f'<li class="quiet">{f"revision {i}" if i else "response"} {told}</li>'
 
-# %% ../nbs/12fb_chain_cards.ipynb #f61bd8c1
+# %% ../nbs/12fb_chain_cards.ipynb #0e47aa1f
 def step_html(
     chain: Chain,
     number: int,         # of the revision, from 1
@@ -76,8 +76,8 @@ def step_html(
     writing, criticising = busy and there and not complete, step["critique"] is not None and not step["text"]
     by = f"by “{esc(principle.title or principle.id)}”" if principle else "by a principle that is drawn"
     asks = [esc(text or "") for text in (principle.critique, principle.revision)] if principle else ["…", "…"]
-    same = complete and step["text"] == before["text"]
-    text = f'<p class="said">{marked(before["text"], step["text"])}</p>' if complete and not same else _said(step["text"], writing and not criticising)
+    same, text = complete and step["text"] == before["text"], _said(step["text"], writing and not criticising)
+    if complete and not same: text = f'<p class="said">{marked(before["text"], step["text"])}</p>'
     what = "Revision: nothing changed" if same else "Revision"
     return (f'<section class="step{"" if there else " ahead"}" aria-labelledby="step-{number}">'
             f'<h3 id="step-{number}">Revision {number} of {len(chain.principles)} <span class="quiet">{by}</span></h3>'
@@ -100,7 +100,7 @@ def _said(text: str, writing: bool = False) -> str:
 def _verdict(chain: Chain, part: dict) -> str:
     return verdict_line(part["verdict"] and SimpleNamespace(**part["verdict"])) if chain.judged else ""
 
-# %% ../nbs/12fb_chain_cards.ipynb #33d1963a
+# %% ../nbs/12fb_chain_cards.ipynb #876fefbe
 def chain_html(
     chain: Chain,
     busy: bool = False,  # it is being written
@@ -134,7 +134,8 @@ STYLE = """
 .chain .text{min-height:calc(var(--lines)*1.65rem);max-height:calc(max(var(--lines),9)*1.65rem);overflow-y:auto}
 .chain .said{max-width:62rem}.chain .verdict{margin-top:.4rem!important}
 @media(max-width:700px){.chain .sides{flex-direction:column}.chain .sides:has(.fold:not(:checked))>.critique{flex:none}
- .chain .critique .text{min-height:calc(var(--lines)*1.1rem)}.chain .step{padding:.8rem .95rem}.chain .drawn{flex:1 0 100%}
- .chain .revision .text{min-height:calc(var(--lines)*2.3rem);max-height:calc(max(var(--lines),9)*2.3rem)}.chain .verdict{min-height:4.4em}
+ .chain .critique .text{min-height:min(calc(var(--lines)*1.1rem),16rem)}.chain .step{padding:.8rem .95rem}.chain .drawn{flex:1 0 100%}
+ .chain .revision .text{min-height:min(calc(var(--lines)*3rem),16rem);max-height:16rem}.chain .said{font-size:.97rem!important}
+ .chain .critique .text{max-height:16rem}.chain .verdict{min-height:4.4em}
  .chain .scores ol{grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr))}}
 """

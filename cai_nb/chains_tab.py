@@ -20,10 +20,10 @@ from .site import AT_ONCE, MODEL, QUIET, Site, api, as_message, in_line, validat
 from .visitor import MAX_CHARS, checked_choice, checked_prompt, checked_seed, choose_principle
 
 # %% auto #0
-__all__ = ['STEPS', 'MOST', 'STYLE', 'SHOW', 'checked_steps', 'checked_ids', 'checked_switch', 'typed_seed', 'lay_out',
-           'lay_out_settings', 'blank', 'one_more', 'Events', 'connect', 'chains_tab']
+__all__ = ['STEPS', 'MOST', 'STYLE', 'SHOW', 'checked_steps', 'checked_ids', 'checked_switch', 'lay_out', 'lay_out_settings',
+           'blank', 'one_more', 'Events', 'connect', 'chains_tab']
 
-# %% ../nbs/12j_chains_tab.ipynb #d3829723
+# %% ../nbs/12j_chains_tab.ipynb #62a5c5ca
 STEPS, MOST = 4, 8  # revisions of a new chain at most (the paper's number); of one that goes on
 
 
@@ -44,12 +44,6 @@ def checked_ids(value, constitution: Constitution) -> list[str]:
 def checked_switch(value) -> bool:
     "True or false, or a plain refusal."
     return bool(checked_choice(value, (True, False), "setting of critiques"))
-
-
-def typed_seed(value) -> int:
-    "A seed as a number, or as it was typed; a new one if nothing was."
-    if not isinstance(value, str): return checked_seed(value)
-    return checked_seed(int(value) if value.strip().isdecimal() else value.strip() or None)
 
 # %% ../nbs/12j_chains_tab.ipynb #59db3755
 def lay_out(site: Site) -> SimpleNamespace:
@@ -107,7 +101,7 @@ def one_more(
     if unused or step > len(principles): principles[step - 1:step] = [principle]
     return replace(chain, principles=tuple(principles), goal=step)
 
-# %% ../nbs/12j_chains_tab.ipynb #f962b919
+# %% ../nbs/12j_chains_tab.ipynb #6bae31d4
 class Events:
     "What happens on the tab; one switch per visitor stops it."
 
@@ -126,7 +120,7 @@ class Events:
     def new_chain(self, prompt, n: int, ids, critiques, seed) -> Chain:
         "A chain to be walked, from what was sent."
         constitution, text = self.site.constitution, checked_prompt(prompt)
-        chain = replace(blank(self.site), prompt=text, seed=typed_seed(seed), goal=n, critiques=checked_switch(critiques),
+        chain = replace(blank(self.site), prompt=text, seed=checked_seed(seed), goal=n, critiques=checked_switch(critiques),
                         judged=self.site.knows(text))
         drawn = draw_steps(constitution, checked_ids(ids, constitution), n, row_id(chain.messages), chain.seed)
         return replace(chain, principles=tuple(drawn))
@@ -185,12 +179,12 @@ def connect(page: SimpleNamespace, events: Events, checks: tuple):
         running.then(lambda chain: events.buttons(chain, False), page.state, [page.chain, page.run, page.stop, page.more], **AT_ONCE)
     page.stop.click(events.halt, None, None, **AT_ONCE)
 
-# %% ../nbs/12j_chains_tab.ipynb #de8c1ac4
+# %% ../nbs/12j_chains_tab.ipynb #0968c17f
 def chains_tab(site: Site) -> SimpleNamespace:
     "The tab: called inside `gr.Tab`, it lays out its components and connects them."
     page = lay_out(site)
     events = Events(page, site)
-    checks = checked_prompt, checked_steps, lambda ids: checked_ids(ids, site.constitution), checked_switch, typed_seed
+    checks = checked_prompt, checked_steps, lambda ids: checked_ids(ids, site.constitution), checked_switch, checked_seed
 
     def chain(prompt: str, n_revisions: int = STEPS, principle_ids: list[str] | None = None, critiques: bool = True,
               seed: int | None = None) -> Iterator[dict]:

@@ -50,7 +50,7 @@ def lay_out(site: Site) -> SimpleNamespace:  # the components that events need
     lay_out_settings(site, page)
     return page
 
-# %% ../nbs/12i_compare_tab.ipynb #a95380a2
+# %% ../nbs/12i_compare_tab.ipynb #2b4b3981
 def lay_out_column(site: Site, page: SimpleNamespace, i: int):
     "One column: its head, its pane, its folds."
     names = list(site.models.adapters)
@@ -74,7 +74,7 @@ def lay_out_settings(site: Site, page: SimpleNamespace):
                    for kind, label, pool in (("critique", "Criticise by", c.critique_principles), ("preference", "Prefer by", c.comparison_principles))}
     with gr.Accordion("Settings", open=False, elem_id="settings"), gr.Row():
         page.temperature = gr.Slider(0, 2, 1, step=0.1, label="Temperature", min_width=240, info="0 always takes the likeliest word")
-        page.seed = gr.Number(None, label="Seed", info="empty: a new one each time", precision=0, minimum=0, min_width=240)
+        page.seed = gr.Textbox("", label="Seed", info="empty: a new one each time", max_length=10, min_width=240, elem_id="seed")
     page.query = gr.Textbox("", elem_classes="unseen", label="Link", elem_id="query")
     page.replay = gr.Button("Open the link", elem_classes="unseen", elem_id="replay")
 
@@ -84,7 +84,7 @@ OUTSIDE = ("This prompt is outside mini's small world, so mini cannot understand
 SECOND_TURN = ("mini was brought up on single questions: from the second turn on it takes what you say for a request to criticise. "
                "“New” starts afresh.")
 
-# %% ../nbs/12i_compare_tab.ipynb #f2ba3ac5
+# %% ../nbs/12i_compare_tab.ipynb #02ba137e
 class Events:
     "What happens in the tab."
 
@@ -199,11 +199,12 @@ class Events:
         def shown(): return {self.page.inside["preference"][columns.index(c)]: preference_html(titles, c, principle, found)
                                 for c in last["answers"] if c in columns}
         messages = talks_of(before, last["prompt"], [columns[0]])[columns[0]]
+        yield shown()
         for found in prefer(self.site.models, messages, last["answers"], principle, last["seed"], halted): yield shown()
 
     def halt(self, request: gr.Request):
         "Stop before the next token."
-        for part in ("compare", "inside"): self.site.switches.stop(request.session_hash, part)
+        for part in ("compare", "inside"): self.site.switches.press(request.session_hash, part)
 
     def finish(self, state):
         "The buttons as they were."
@@ -214,8 +215,8 @@ class Events:
         "Stop, and an empty page."
         self.halt(request)
         idle = {html: ASK_FIRST for kind in FOLDS for html in self.page.inside[kind]}
-        return {self.page.prompt: "", self.page.state: {"turns": []}, self.page.status: note(""), self.page.link: "", **self.heads(),
-                **self.panes([]), **idle}
+        return {self.page.prompt: "", self.page.state: {"turns": []}, self.page.status: note(""), self.page.link: "",
+                self.page.again: gr.update(interactive=False), **self.heads(), **self.panes([]), **idle}
 
 # %% ../nbs/12i_compare_tab.ipynb #56fcf22d
 def conversations(turns: list[dict], columns: list[str]) -> dict[str, list[dict]]:
@@ -230,13 +231,13 @@ def link_html(link: str) -> str:
     return (f'<p class="note"><a href="{esc(link)}">Link to these answers</a> <button type="button" class="copy" data-link="{esc(link)}">'
             "Copy the link</button></p>")
 
-# %% ../nbs/12i_compare_tab.ipynb #64d4d6d9
+# %% ../nbs/12i_compare_tab.ipynb #2a15f402
 def connect(page: SimpleNamespace, events: Events, site: Site):
     "Which event follows which click."
     flat = [*page.columns, *page.heads, *page.panes, *page.inside["critique"], *page.inside["preference"]]
     by, shown = list(page.by.values()), [page.state, page.prompt, page.status, page.link, page.send, page.stop, page.again, *flat]
     sending = dict(fn=events.begin, inputs=[page.prompt, page.temperature, page.seed, page.state], outputs=shown, concurrency_limit=None,
-                   validator=validated(checked_prompt, None, None, None), **QUIET)
+                   validator=validated(checked_prompt, None, checked_seed, None), **QUIET)
     starts = [gr.on([page.send.click, page.prompt.submit], **sending), page.again.click(events.again, page.state, shown, **AT_ONCE),
               page.replay.click(events.arrive, page.query, shown, js="() => [window.location.search]", **AT_ONCE)]
     starts += [chip.click(lambda sample: sample[0], chip, page.prompt, **AT_ONCE).then(**sending) for chip in page.chips]
@@ -251,7 +252,7 @@ def connect(page: SimpleNamespace, events: Events, site: Site):
         accordion.collapse(partial(events.fold, kind, i, False), page.folds, page.folds, **AT_ONCE)
     for choice in by: choice.input(**inside)
     page.stop.click(events.halt, None, None, **AT_ONCE)
-    page.clear.click(events.clear, None, [page.prompt, page.state, page.status, page.link, *flat], **AT_ONCE)
+    page.clear.click(events.clear, None, [page.prompt, page.state, page.status, page.link, page.again, *flat], **AT_ONCE)
 
 
 SHOW_ANSWERS = """() => { const e = document.querySelector('.answers');
@@ -285,7 +286,7 @@ def endpoints(site: Site):
     api(look_inside, "inside", checked_prompt, checked_answer, partial(choose_principle, site.constitution), seed, **MODEL)
     api(prefer_answers, "prefer", checked_prompt, checked_answers, lambda id: choose_principle(site.constitution, id, 0, "comparison"), seed, **MODEL)
 
-# %% ../nbs/12i_compare_tab.ipynb #52a3fe65
+# %% ../nbs/12i_compare_tab.ipynb #9737e43d
 def compare_tab(site: Site) -> SimpleNamespace:
     "The tab, laid out and connected; the app needs `prompt`, `load` and the components that it fills."
     page = lay_out(site)
@@ -316,5 +317,6 @@ STYLE = """
 .reason{margin:0 0 .35rem!important;font-size:.9rem!important;color:var(--ink)!important;overflow-wrap:anywhere}
 .bar{display:block;height:.4rem;border-radius:4px;background:var(--rule);margin:.3rem 0}.bar span{display:block;height:100%;border-radius:4px;
  background:var(--accent)}
+@media(min-width:701px) and (max-width:1180px){.card-head h3{min-height:4.3rem}}
 @media(max-width:700px){.block.pane>.html-container{height:16rem}}
 """

@@ -52,7 +52,7 @@ def reach(
     for _ in range(links.shape[-1].bit_length()): found = found @ found
     return found
 
-# %% ../nbs/10f_elo.ipynb #406dd5a8
+# %% ../nbs/10f_elo.ipynb #48432d57
 def bradley_terry(
     wins: np.ndarray,  # [..., K, K]: how often i beat j, fractions allowed; any number of matrices at once
     limit: int = 200,  # steps
@@ -68,7 +68,9 @@ def bradley_terry(
         bend = np.eye(k) * curve.sum(-1)[..., None] - curve + curve.sum((-1, -2), keepdims=True) / k**2  # the last holds the mean still
         step = np.linalg.solve(bend, slope[..., None])[..., 0]
         x += step / np.maximum(1, np.ptp(step, axis=-1, keepdims=True))
-        if np.abs(step).max(initial=0) < 1e-9: return x - x.mean(-1, keepdims=True)
+        still = np.abs(step).max(-1, initial=0) < 1e-9
+        level = np.abs(slope).max(-1, initial=0) < 1e-13 * n.sum((-1, -2))  # as level as sums of such numbers can tell
+        if (still | level).all(): return x - x.mean(-1, keepdims=True)
     raise CaiError(f"wins: no strengths found in {limit} steps; expected less one-sided wins; add virtual votes")
 
 # %% ../nbs/10f_elo.ipynb #0576d280

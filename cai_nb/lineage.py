@@ -16,7 +16,7 @@ from .records import FILES, ROLES, Index, Records, Role, records, share
 __all__ = ['PAGE', 'STAGE_TITLES', 'prompt_of', 'Page', 'training_rows', 'Step', 'role_step', 'asked', 'chain_story',
            'pair_story', 'Lineage', 'lineage']
 
-# %% ../nbs/12e_lineage.ipynb #b673fd3e
+# %% ../nbs/12e_lineage.ipynb #e81ad668
 @lru_cache(maxsize=32)
 def _search(opened: Records, stage: str, query: str) -> list[str]:
     "Ids of a stage's rows that match, or whose prompt does."
@@ -39,7 +39,7 @@ def _matches(index: Index, query: str) -> set[str]:
     with open(index.path, "rb") as f:
         for line in f:
             folded = line.decode(errors="replace").casefold()
-            if all(word in folded for word in words): found |= _found(index, line, query)
+            if "\\u" in folded or all(word in folded for word in words): found |= _found(index, line, query)  # an escape may hide anything
     return found
 
 
@@ -168,7 +168,7 @@ def _principle(opened: Records, id: str, kind: str) -> Step:
     words = getattr(found, kind, None) or "(its words are not in the run's constitution)"
     return Step("principle", words, getattr(found, "title", "") or str(id), (found.revision or "") if found and kind == "critique" else "")
 
-# %% ../nbs/12e_lineage.ipynb #61996782
+# %% ../nbs/12e_lineage.ipynb #018ef60f
 def pair_story(
     opened: Records,
     id: str,  # of a pair
@@ -180,9 +180,10 @@ def pair_story(
     label = opened.files["labels"][id]
     for vote in label["votes"]:
         question, shown = _principle(opened, vote["principle_id"], "comparison"), "A, then B" if vote["order"] == "ab" else "B, then A"
-        bounds = f" ({share(vote['unclamped'])} before it was kept within bounds)" if "unclamped" in vote else ""
+        bounds = f" ({share(vote['unclamped'])} before it was kept within bounds)" if vote.get("unclamped", vote["p_a"]) != vote["p_a"] else ""
         steps.append(Step("vote", question.text, question.title, f"shown {shown}: A is the better one with {share(vote['p_a'])}{bounds}", vote["p_a"]))
-        if vote.get("rationale") is not None: steps.append(Step("reasoning", str(vote["rationale"]), "Reasoning"))
+        turned = "here (A) stands for answer B, and (B) for answer A" if vote["order"] == "ba" else ""
+        if vote.get("rationale") is not None: steps.append(Step("reasoning", str(vote["rationale"]), "Reasoning", turned))
     mean = f"mean of {len(label['votes'])} votes" if label["votes"] else "nobody was asked"
     return [*steps, Step("label", f"A is the better one with {share(label['p_a'])}", "Label", mean + _flags(label), label["p_a"])]
 

@@ -19,7 +19,7 @@ INKS = {  # name: in the light, in the dark
     "ins": ("#d9f0e0", "#1d4a32"), "del": ("#f8dedb", "#55292a"), "button": ("#efebe3", "#2a333a"),
 }
 
-# %% ../nbs/12g_look.ipynb #224e1718
+# %% ../nbs/12g_look.ipynb #143d4de0
 CSS = """
 .gradio-container{max-width:1280px!important;margin:0 auto!important;padding:1.2rem clamp(1rem,3vw,2rem) 2.5rem!important;
  width:100%!important}
@@ -59,19 +59,22 @@ CSS = """
 .gradio-container ins{background:var(--ins);color:var(--ink);text-decoration:none;border-radius:3px;padding:0 .12em}
 .gradio-container del{background:var(--del);color:var(--ink);text-decoration:line-through;border-radius:3px;padding:0 .12em}
 #link{min-height:2rem}
+.wrap.minimal{display:flex!important;justify-content:flex-start;align-items:flex-end;width:100%;height:100%;pointer-events:none}
+.wrap.minimal .progress-text{position:static!important;transform:none!important;font-family:inherit!important;font-size:.88rem!important;
+ color:var(--ink)!important;background:var(--warn-bg);border-radius:8px;padding:.1rem .6rem!important;opacity:1}
+.html-container.pending{opacity:1!important}
 .note{margin:0!important;min-height:1.5em;font-size:.88rem!important;line-height:1.5!important;color:var(--soft)!important}
 .note.warn{color:var(--warn)!important;background:var(--warn-bg);border-radius:10px;padding:.5rem .9rem}
 .spark polyline{fill:none;stroke:var(--accent);stroke-width:1.8}.spark circle{fill:var(--accent)}
-.wide{overflow-x:auto}.wide table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem;color:var(--ink)}
+.wide{overflow-x:auto}.wide table{border:0!important;border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem;color:var(--ink)}
 .wide caption{text-align:left;color:var(--soft);font-size:.87rem;padding-bottom:.3rem}
 .wide th,.wide td{padding:.4rem .7rem!important;border:0!important;border-bottom:1px solid var(--rule)!important;text-align:right;
  white-space:nowrap;color:var(--ink)}.wide th:first-child{text-align:left;font-weight:500}.wide thead th{color:var(--soft)!important}
-@media(max-width:700px){.gradio-container{padding:.8rem .9rem 2rem!important}
- .gradio-container .tab-container button{font-size:.92rem;padding:.5rem .48rem!important}
+@media(max-width:700px){.tab-container button{font-size:.92rem!important;padding:.5rem .48rem!important}
  .examples>.block{flex-direction:column;align-items:stretch;gap:.15rem}.examples .label{flex:none}}
 """
 
-# %% ../nbs/12g_look.ipynb #d90a0dc5
+# %% ../nbs/12g_look.ipynb #8a4ca331
 THEME = {  # Gradio's variables by our names
     "body_background_fill": "page", "block_background_fill": "sheet", "border_color_primary": "rule", "block_border_color": "rule",
     "input_background_fill": "sheet", "body_text_color": "ink", "body_text_color_subdued": "soft", "block_label_text_color": "soft",
@@ -88,7 +91,9 @@ def look(
     theme = gr.themes.Base(primary_hue="cyan", neutral_hue="slate", radius_size="lg", font=fonts, font_mono=("ui-monospace", "monospace"))
     own = {name: INKS[ink] for name, ink in THEME.items()} | {
         "block_shadow": ("none", "none"), "button_primary_background_fill": ("#21708d", "#21708d"),
-        "button_primary_background_fill_hover": ("#1b5d76", "#2a7f9e"), "button_primary_text_color": ("#ffffff", "#ffffff")}
+        "button_primary_background_fill_hover": ("#1b5d76", "#2a7f9e"), "button_primary_text_color": ("#ffffff", "#ffffff"),
+        "button_secondary_background_fill_hover": ("#e4ded2", "#35414a"), "button_secondary_text_color_hover": INKS["ink"],
+        **dict.fromkeys(("slider_color", "checkbox_background_color_selected", "checkbox_border_color_selected"), ("#21708d", "#2a7f9e"))}
     theme = theme.set(**{name: pair[0] for name, pair in own.items()}, **{f"{name}_dark": pair[1] for name, pair in own.items()})
     light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in INKS.items()) for i in (0, 1))
     names = f".gradio-container{{{light};--color-accent:var(--accent)}}.dark .gradio-container,.gradio-container.dark{{{dark}}}"

@@ -129,7 +129,7 @@ def _overview(opened: Records, version: str) -> Overview:
     return Overview(str(opened.run.recipe["name"]), tables_of(metrics, opened.run.manifest.get("stages") or {}), figures, origin, "models" in metrics,
                     tuple(stage for stage in STAGES if not opened.done(stage)), (*problems, *changed), version)
 
-# %% ../nbs/12fa_overview.ipynb #8ddf9aa4
+# %% ../nbs/12fa_overview.ipynb #6d9b488f
 def head_html(seen: Overview) -> str:
     "The run's name, what it was made of, and what is missing."
     facts = dict(seen.origin.get("Constitution", ())), dict(seen.origin.get("Recipe", ()))
@@ -144,7 +144,8 @@ def head_html(seen: Overview) -> str:
 
 def tables_html(seen: Overview) -> str:
     "What was measured."
-    found = "".join(table(rows, title) for title, rows in seen.tables.items() if title != "Stages")
+    kept = lambda cell: cell.replace(" %", "\u00a0%").replace("–", "\u2060–\u2060")  # lines may break before an interval, not in it
+    found = "".join(table([list(map(kept, row)) for row in rows], title) for title, rows in seen.tables.items() if title != "Stages")
     unjudged = note("No oracle knows the truth about this run’s replies: what the models say of each other stands here, the rest is for you to read.")
     rates = '<p class="quiet small">Shares of replies at temperature 1, with 95 % intervals (Wilson).</p>'
     return found + (rates if seen.judged else unjudged if "eval" not in seen.missing else "")

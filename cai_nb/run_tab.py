@@ -41,7 +41,7 @@ def _what(folder: Path) -> str:
     try: return next((part["what"] for part in json.loads((folder / "training.json").read_text(encoding="utf-8"))["parts"].values() if part["what"]), "")
     except (OSError, ValueError, LookupError, TypeError, AttributeError): return ""
 
-# %% ../nbs/12m_run_tab.ipynb #4a37ee9e
+# %% ../nbs/12m_run_tab.ipynb #59488fc4
 def story_html(
     steps: tuple[Step, ...],
     label: str,  # for screen readers
@@ -67,12 +67,14 @@ def _step(step: Step, before: str) -> str:
     if step.kind == "revision": text = marked(before, step.text) if before != step.text else text + ' <span class="quiet">(unchanged)</span>'
     title = {"principle": "Principle: ", "vote": "Compared by: "}.get(step.kind, "") + step.title
     told = "" if step.kind in ("role", "vote") or not step.note else f'<span class="quiet">{esc(step.note)}</span>'
+    if step.kind == "principle": text, told = f"{text}{told and ' '}{told}", ""  # first the critique is asked for, then the revision
     return f'<p class="what"><b>{esc(title)}</b>{told}</p><p class="said">{text}</p>' + ("" if step.p is None else _ballot(step))
 
 
 def _ballot(step: Step) -> str:
     "One vote as a bar, or the reasoning before it."
-    if step.p is None: return f'<p class="said reason">{esc(step.text)}</p>'
+    turned = f' <span class="quiet">({esc(step.note)})</span>' if step.note else ""
+    if step.p is None: return f'<p class="said reason">{esc(step.text)}{turned}</p>'
     told = f'<p class="what">{esc(step.note)}</p>' if step.kind == "vote" else ""
     return f'{told}<span class="odds-bar" aria-hidden="true"><span style="width:{100 * step.p:.0f}%"></span></span>'
 
@@ -83,7 +85,7 @@ def lineage_html(found: Lineage) -> str:
     later = (f'<details class="later"{" open" if found.stage == "rl" else ""}><summary>All that came of this prompt</summary>{parts}</details>' if parts else "")
     return f'{note(f"{STAGE_TITLES[found.stage]}, row {found.id}")}{story_html(found.steps, f"Story of row {found.id}")}{later}'
 
-# %% ../nbs/12m_run_tab.ipynb #396cbb3e
+# %% ../nbs/12m_run_tab.ipynb #f53c318b
 STAGE_CHOICES = [("SL-CAI: revisions and replies", "sl"), ("Preference model: pairs of answers", "preference"), ("RL-CAI: prompts", "rl")]
 MAX_QUERY = 200
 
@@ -91,8 +93,9 @@ MAX_QUERY = 200
 def row_choice(row: dict) -> tuple[str, str]:
     "A row as a choice: what it says, and its id."
     prompt, text = (t if len(t) <= n else t[:n - 1] + "…" for t, n in ((" ".join(row["prompt"].split()), 90), (" ".join(row["text"].split()), 110)))
-    tail = "" if row["used"] else f"\n{row['role']}"
-    return f"{prompt}" + (f"\n→ {text}" if text else "") + tail, row["id"]
+    number, tail = row["id"].partition(":")[2], "" if row["used"] else f"\n{row['role']}"
+    learnt = f"\n→ {f'revision {number}: ' * bool(number)}{text}" if text else ""
+    return f"{prompt}{learnt}{tail}", row["id"]
 
 
 def found_text(page: Page, query: str) -> str:
@@ -206,21 +209,22 @@ def connect(page: SimpleNamespace, events: Events):
     page.rows.input(events.tell, [page.run, page.rows], page.story, **AT_ONCE).success(None, js=SHOW_STORY, **QUIET)
     page.save.click(events.save, page.run, page.file, **AT_ONCE).success(None, page.file, page.file, js=SAVE, **QUIET)
 
-# %% ../nbs/12m_run_tab.ipynb #0fe26299
+# %% ../nbs/12m_run_tab.ipynb #572b43c1
 def endpoints(site: Site, events: Events):
     "The public endpoints of this tab."
     def run_rows(stage: str = "sl", query: str = "", page: int = 1, run: str = "") -> dict:
         "Rows that a stage (sl, preference, rl) could have trained on: {rows: [{id, prompt, text, used, role}], found, page, pages}."
-        return asdict(training_rows(events.folder(run), stage, checked_query(query), int(page)))
+        with as_message():
+            number = int(checked_number(page, 1, 1e9, "page"))
+            return asdict(training_rows(events.folder(run), checked_choice(stage, STAGE_TITLES, "stage"), checked_query(query), number))
 
     def row_lineage(row_id: str, run: str = "") -> dict:
         "The story of one row, from the prompt to its role in training, and all that came of its prompt."
-        with as_message(): return asdict(lineage(events.folder(run), row_id))
+        with as_message(): return asdict(lineage(events.folder(run), checked_id(row_id)))
 
-    def known(row_id): return checked_id(row_id)
     api(run_rows, "run_rows", lambda stage: checked_choice(stage, STAGE_TITLES, "stage"), checked_query,
         lambda page: checked_number(page, 1, 1e9, "page"), events.folder)
-    api(row_lineage, "lineage", known, events.folder)
+    api(row_lineage, "lineage", checked_id, events.folder)
 
 
 def checked_id(value) -> str:
@@ -237,12 +241,12 @@ def run_tab(site: Site) -> SimpleNamespace:
     endpoints(site, events)
     return page
 
-# %% ../nbs/12m_run_tab.ipynb #e6e58fdf
+# %% ../nbs/12m_run_tab.ipynb #ec3ee430
 STYLE = """
 .run-top{margin-bottom:.4rem}.small{font-size:.85rem!important}
 #run-head,#run-tables{min-height:3rem}#run-tables .wide{margin:1rem 0}
 #run-tables .html-container>*{display:flex;flex-wrap:wrap;gap:0 3rem}#run-tables .wide:first-child,#run-tables .small{flex:1 1 100%}
-#run-tables table,.origin table{border:0!important}.run-top a{margin:0!important;padding:0!important}
+#run-tables :is(table,tr),.origin :is(table,tr){border:0!important}.run-top a{margin:0!important;padding:0!important}
 .problems,.origin,.later{margin:.8rem 0;color:var(--ink)}.problems summary,.origin summary,.later summary{cursor:pointer;color:var(--soft);
  padding:.45rem 0;font-size:.95rem}.problems li{font-size:.85rem;overflow-wrap:anywhere;color:var(--ink)}
 .figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.2rem;align-items:start}
@@ -259,6 +263,7 @@ STYLE = """
 #run-rows label:hover{border-color:var(--accent)}#run-rows label.selected{border-color:var(--accent);box-shadow:inset 3px 0 0 var(--accent)}
 #run-rows label span{white-space:pre-line;font-size:.9rem;line-height:1.45;color:var(--ink);overflow-wrap:anywhere}
 #run-rows input{margin-top:.2rem;flex:none}
+#run-query input,#run-query textarea{border:1px solid var(--rule)!important}
 #run-story{min-height:24rem}
 .gradio-container ol.story{list-style:none!important;margin:.4rem 0 .8rem!important;padding:0 0 0 1.15rem!important;border-left:2px solid var(--rule)}
 .story li{position:relative;margin:0!important;padding:.45rem 0 .6rem!important;color:var(--ink)}
@@ -266,6 +271,7 @@ STYLE = """
  border:2px solid var(--soft)}
 .story .step-revision::before,.story .step-reply::before,.story .step-answer::before{border-color:var(--accent);background:var(--accent)}
 .story .step-principle::before,.story .step-vote::before{border-color:var(--accent)}
+.story li>p{display:block!important}
 .story .what{margin:0 0 .15rem!important;font-size:.85rem!important;line-height:1.45!important;color:var(--soft)!important}
 .story .what b{font-weight:600;color:var(--soft)}.story .what .quiet{display:block}
 .story .said{font-size:.98rem!important}.story .step-critique .said,.story .reason{font-style:italic}
@@ -275,5 +281,6 @@ STYLE = """
 .odds-bar{display:block;max-width:16rem;height:6px;border-radius:3px;background:var(--rule);margin:.25rem 0;overflow:hidden}
 .odds-bar span{display:block;height:100%;background:var(--accent)}
 @media(max-width:700px){#run-rows .wrap{max-height:21rem}.origin dl{grid-template-columns:1fr}.origin dd{margin-bottom:.3rem}
- .run-rows-and-story{gap:.8rem!important}}
+ .run-rows-and-story{gap:.8rem!important}#run-tables table{min-width:0}
+ #run-tables :is(th,td){white-space:normal!important;padding:.35rem .4rem!important;font-size:.84rem}#run-tables td{min-width:4.6rem}}
 """

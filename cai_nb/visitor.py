@@ -31,7 +31,7 @@ def checked_prompt(prompt) -> str:
         raise CaiError(f"That prompt has {len(text)} characters; at most {MAX_CHARS} can be answered here.")
     return text
 
-# %% ../nbs/12a_visitor.ipynb #c2b08559
+# %% ../nbs/12a_visitor.ipynb #05404db8
 def checked_number(value, low: float, high: float, name: str) -> float:
     "A finite number within bounds, or a plain refusal."
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -41,7 +41,8 @@ def checked_number(value, low: float, high: float, name: str) -> float:
 
 
 def checked_seed(value) -> int:
-    "A seed; a new one if none is given."
+    "A seed, as a number or as it is typed; a new one if there is none."
+    if isinstance(value, str): value = int(value) if value.strip().isdecimal() and len(value) < 20 else value.strip() or None
     return random.randrange(100_000) if value is None else int(checked_number(value, 0, 2**31 - 1, "seed"))
 
 
@@ -98,7 +99,7 @@ def choose_principle(
         if p.id == id: return p
     raise CaiError("That principle is not in the constitution that is loaded here.")
 
-# %% ../nbs/12a_visitor.ipynb #94b72b07
+# %% ../nbs/12a_visitor.ipynb #4eec4bf1
 class Switches:
     "One stop switch for each visitor and part of the page; starting anew stops what ran there before."
 
@@ -112,6 +113,10 @@ class Switches:
     def of(self, visitor: str, part: str = "") -> threading.Event:
         "The switch that was started last."
         with self.lock: return self.events.setdefault((visitor, part), threading.Event())
+
+    def press(self, visitor: str, part: str = ""):
+        "Stop what runs, and what waits in line: the switch stays pressed until something is started anew."
+        self.of(visitor, part).set()
 
     def stop(self, visitor: str, part: str | None = None):
         "Stop what runs for this visitor, in one part or everywhere, and forget it."

@@ -22,7 +22,7 @@ from .constitution import CaiError, Constitution
 from .rows import row_id
 
 # %% auto #0
-__all__ = ['MAX_KEPT', 'MAX_TRAINED', 'Workbench', 'cannot_train', 'next_column', 'join']
+__all__ = ['MAX_KEPT', 'MAX_TRAINED', 'Workbench', 'cannot_train', 'next_column', 'column_of', 'join']
 
 # %% ../nbs/12dc_workbench.ipynb #c49694b0
 MAX_KEPT = 64  # folders
@@ -184,7 +184,7 @@ def _note_of(folder: Path) -> dict:
     try: return json.loads((folder / "training.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
 
-# %% ../nbs/12dc_workbench.ipynb #adc33152
+# %% ../nbs/12dc_workbench.ipynb #30087f6f
 MAX_TRAINED = 3
 
 
@@ -194,8 +194,8 @@ def cannot_train(
 ) -> str:                 # "": it can
     "Why nothing can be trained here, in plain words."
     if not models.mini:
-        return (f"Training on {models.recipe.get('base', 'this base')} takes hours on a GPU, and is not for a page to start. Save the constitution as YAML, "
-                "then: cai-nb run RECIPE --set constitution=FILE --out FOLDER")
+        return (f"Training on {models.recipe.get('base', 'this base')} takes hours on a GPU, and is not for a page to start. "
+                "Save the constitution as YAML, then: cai-nb run RECIPE --set constitution=FILE --out FOLDER")
     if folder is None: return "Training is off: no folder was named in which a trained model could be kept. Start the app with one."
     return ""
 
@@ -204,6 +204,15 @@ def next_column(models: Models) -> str:
     "The column that the next trained model gets: a free one, or that of the oldest."
     names = [f"trained-{i}" for i in range(1, MAX_TRAINED + 1)]
     return next((name for name in names if name not in models.adapters), next((c for c in models.adapters if c in names), names[0]))
+
+
+def column_of(
+    models: Models,
+    folder: Path,  # of an adapter
+) -> str | None:
+    "The column that these very weights have already."
+    digest = digest_of(folder)
+    return next((c for c in models.adapters if models.digests.get(c) == digest), None)
 
 
 def join(
@@ -219,8 +228,7 @@ def join(
     from cai_nb.model import adapter_names, add_adapters, check_template, load_model
 
     digest, lm = digest_of(folder), models.lm
-    if column := next((c for c, known in models.digests.items() if known == digest and c in models.adapters), None):
-        return replace(models, titles=models.titles | {column: (title, what)}) if column == name else models
+    if column_of(models, folder): return models
     check_template(lm.tokenizer, folder)
     with model_lock(lm.model):
         if not adapter_names(lm.model):  # a bare base that may be answering: it stays bare, the adapter goes on a copy

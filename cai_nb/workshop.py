@@ -15,32 +15,36 @@ from .constitution import CaiError, Constitution, Principle, Problem, available_
 from .principle import PRINCIPLE_KEYS, parse_constitution
 
 # %% auto #0
-__all__ = ['MAX_BYTES', 'MAX_PRINCIPLES', 'MAX_REQUEST', 'FILE', 'Draft', 'checked_text', 'read_draft', 'with_text',
-           'with_principle', 'without_principle', 'changes', 'mini_words', 'mini_remark', 'text_of']
+__all__ = ['MAX_BYTES', 'MAX_PRINCIPLES', 'MAX_REQUEST', 'FILE', 'FIELDS', 'Draft', 'checked_text', 'read_draft', 'with_text',
+           'with_principle', 'without_principle', 'changes', 'principle_of', 'text_of']
 
-# %% ../nbs/12d_workshop.ipynb #9bed49b7
+# %% ../nbs/12d_workshop.ipynb #fbeac829
 MAX_BYTES = 60_000      # of the whole text
 MAX_PRINCIPLES = 128
 MAX_REQUEST = 1_000     # characters of one text of a principle
 FILE = "constitution.yaml"  # what the text is called in messages
-_DEEPEST = 8
+_DEEPEST, _EVENTS = 8, 6_000  # levels, and parts of the text
 
 
 def _refusal(text: str) -> Problem | None:
     "Why a text is not read at all; what is not YAML is for the parser to say."
+    def no(line, *rest): return Problem(FILE, line, *rest)
+
     if (size := len(text.encode("utf-8", "replace"))) > MAX_BYTES:
-        return Problem(FILE, 1, "file", f"has {size:,} bytes, expected at most {MAX_BYTES:,}", "leave some principles out")
+        return no(1, "file", f"has {size:,} bytes, expected at most {MAX_BYTES:,}", "leave some principles out")
     depth = 0
     try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        for count, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if getattr(event, "anchor", None):
-                return Problem(FILE, event.start_mark.line + 1, "yaml", f"found the anchor or alias {event.anchor!r}", "write the text out where it is used")
-            if depth > _DEEPEST: return Problem(FILE, event.start_mark.line + 1, "yaml", "nested too deeply", "a principle has keys and texts, no more")
+            line = event.start_mark.line + 1
+            if name := getattr(event, "anchor", None):
+                return no(line, "yaml", f"found the anchor or alias {name!r}", "write the text out where it is used")
+            if count > _EVENTS: return no(line, "yaml", "too many entries", f"a constitution has at most {MAX_PRINCIPLES} principles")
+            if depth > _DEEPEST: return no(line, "yaml", "nested too deeply", "a principle has keys and texts, no more")
     except yaml.YAMLError: pass
     return None
 
-# %% ../nbs/12d_workshop.ipynb #229c00e1
+# %% ../nbs/12d_workshop.ipynb #99caf01d
 @dataclass(frozen=True)
 class Draft:
     "A constitution's text with what could be read of it."
@@ -65,32 +69,40 @@ def read_draft(
     if refused := _refusal(text): return Draft(text, (refused,), (), None)
     values, problems = parse_constitution(text, FILE)
     principles = values.get("principles", ())
-    problems = [*problems, *_excess(text, principles)]
+    problems = [*problems, *_excess(text, values)]
     constitution = None if problems else Constitution(**values)
     return Draft(text, tuple(sorted(problems, key=lambda p: p.line)), principles, constitution)
 
-# %% ../nbs/12d_workshop.ipynb #119a4c92
-def _excess(text: str, principles: tuple[Principle, ...]) -> list[Problem]:
+# %% ../nbs/12d_workshop.ipynb #6f494862
+def _excess(text: str, values: dict) -> list[Problem]:
     "What a file of one's own may hold and a stranger's may not: too much, and characters that are none."
-    found = []
+    principles, found = values.get("principles", ()), []
     if len(principles) > MAX_PRINCIPLES:
         found.append((MAX_PRINCIPLES, "principles", f"{len(principles)} principles, expected at most {MAX_PRINCIPLES}", "leave some out"))
     for i, principle in enumerate(principles):
         for key, value in vars(principle).items():
-            value = " ".join(value) if isinstance(value, tuple) else value
-            if not isinstance(value, str): continue
-            if len(value) > MAX_REQUEST:
-                found.append((i, f"principles[{i}].{key}", f"{len(value):,} characters, expected at most {MAX_REQUEST:,}", "say it in fewer words"))
-            if strange := re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", value):
+            if len(value if isinstance(value, str) else "") > MAX_REQUEST:
+                found.append((i, f"principles[{i}].{key}", f"{len(value):,} characters, expected at most {MAX_REQUEST:,}", "be brief"))
+            if strange := _STRANGE.search(_words(value)):
                 found.append((i, f"principles[{i}].{key}", f"holds the control character {strange.group()!a}", "remove it"))
     items = _items(text) if found else ()
-    return [Problem(FILE, _line(items[i], key), key, *rest) for i, key, *rest in found]
+    told = [key for key, value in values.items() if key != "principles" and _STRANGE.search(_words(value))]
+    return [*(Problem(FILE, 1, key, "holds a control character", "remove it") for key in told),
+            *(Problem(FILE, _line(items[i], key), key, *rest) for i, key, *rest in found)]
+
+
+_STRANGE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _words(value) -> str:
+    "A text, or texts, as one; nothing for what is no text."
+    return value if isinstance(value, str) else " ".join(value) if isinstance(value, tuple) else ""
 
 
 def _line(item: yaml.Node, path: str) -> int:
     "The line of a principle's key, or of the principle."
-    keys = {k.value: k for k, _ in item.value} if isinstance(item, yaml.MappingNode) else {}
-    return keys.get(path.split(".")[-1], item).start_mark.line + 1
+    key, _ = _pairs(item).get(path.split(".")[-1], (item, None))
+    return key.start_mark.line + 1
 
 
 def _items(text: str) -> list[yaml.Node]:
@@ -102,9 +114,14 @@ def _items(text: str) -> list[yaml.Node]:
 def _list(text: str) -> yaml.Node | None:
     "The node of the list of principles."
     root = yaml.compose(text, Loader=yaml.SafeLoader)
-    values = {key.value: value for key, value in root.value} if isinstance(root, yaml.MappingNode) else {}
-    found = values.get("principles")
+    found = _pairs(root)["principles"][1] if "principles" in _pairs(root) else None
     return found if isinstance(found, yaml.SequenceNode) else None
+
+
+def _pairs(node: yaml.Node | None) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+    "Name → key and value of a mapping; of a key that stands twice the first, as the reader takes it."
+    pairs = node.value if isinstance(node, yaml.MappingNode) else ()
+    return {str(key.value): (key, value) for key, value in reversed(pairs)}
 
 # %% ../nbs/12d_workshop.ipynb #90835012
 def with_text(
@@ -137,10 +154,10 @@ def _checked(text: str, wanted: tuple[Principle, ...]) -> str:
         raise CaiError("This is written in a way that the form cannot change safely; change it in the YAML text.")
     return text
 
-# %% ../nbs/12d_workshop.ipynb #992d9ea7
+# %% ../nbs/12d_workshop.ipynb #f47a300c
 def _reworded(text: str, item: yaml.MappingNode, key: str, value: str) -> str:
     "A text with one key of a mapping set, put in or taken out."
-    pairs = {k.value: (k, v) for k, v in item.value}
+    pairs = _pairs(item)
     if item.flow_style: return _rewritten(text, item, key, value)
     if key in pairs and value:
         a, b = _span(pairs[key][1])
@@ -247,31 +264,20 @@ def changes(
     said = [f"{kind}: {', '.join(ids[:3])}{f' and {len(ids) - 3} more' * (len(ids) > 3)}" for kind, ids in kinds.items() if ids]
     return "; ".join(said) or ("the same principles" if before.digest == after.digest else "the same principles in another order")
 
-# %% ../nbs/12d_workshop.ipynb #6e89c74d
-_FORMS = {"critique": r"Look at the reply\. Is that (.+)\?", "revision": r"Rewrite the reply so that it is not (.+)\.",
-          "comparison": r"Which reply is less (.+)\?"}
+# %% ../nbs/12d_workshop.ipynb #ebcdb062
+FIELDS = {"title": "Title", "critique": "Critique request", "revision": "Revision request", "comparison": "Comparison question"}
 
 
-def mini_words() -> tuple[str, ...]:
-    "The adjectives that mini's principles are made of."
-    from cai_nb.mini.lexicon import GENERAL, KINDS
-    from cai_nb.mini.world import STYLES
-
-    return (*GENERAL, *(kind.adjective for kind in KINDS), *STYLES)
-
-
-def mini_remark(
-    principle: Principle,
-) -> str:  # "": mini understands it
-    "What mini does not understand of a principle, in a sentence or two."
-    strange, shapes = [], []
-    for key, form in _FORMS.items():
-        if not (text := getattr(principle, key)): continue
-        if found := re.fullmatch(form, text): strange += [w for w in re.split(r", | or ", found.group(1)) if w not in mini_words()]
-        else: shapes.append(form.replace("(.+)", "…").replace("\\", ""))
-    said = [f"mini does not know: {', '.join(dict.fromkeys(strange))}." if strange else ""]
-    said += [f"mini knows this kind of request only as “{shapes[0]}”" if shapes else ""]
-    return " ".join(filter(None, said))
+def principle_of(
+    texts: dict[str, str],  # title, critique, revision, comparison; empty ones do not count
+) -> Principle:
+    "A principle from a form, or the first thing that is wrong with it in a sentence."
+    entry = {"id": "yours"} | {key: checked_text(text).strip() for key, text in texts.items() if checked_text(text).strip()}
+    draft = read_draft(yaml.safe_dump({"name": "yours", "principles": [entry]}, allow_unicode=True))
+    if draft.problems:
+        key = draft.problems[0].key.rpartition(".")[2]
+        raise CaiError(f"The {key if key in texts else 'principle'} {draft.problems[0].message}; {draft.problems[0].fix}.")
+    return draft.principles[0]
 
 # %% ../nbs/12d_workshop.ipynb #60b9cf88
 def text_of(

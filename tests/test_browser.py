@@ -19,7 +19,7 @@ WAIT = 1000 * int(os.environ.get("CAI_WAIT", 120))  # a machine may be busy with
 SIZES = {"desktop": (1440, 900), "phone": (420, 860)}
 REFUSAL = "status of 422"  # what a refused prompt leaves in the console: the browser's own line about the status
 WATCH = """window.shifts = []; new PerformanceObserver(list => { for (const e of list.getEntries()) if (!e.hadRecentInput)
-  window.shifts.push([e.value, ...e.sources.map(s => s.node?.id || s.node?.className)]) }).observe({type: 'layout-shift', buffered: true})"""
+  window.shifts.push([e.value, ...e.sources.map(s => s.node?.id || s.node?.className)]) }).observe({type: 'layout-shift'})"""
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +102,10 @@ def axe(page):
 @pytest.mark.parametrize("size, scheme", [("desktop", "light"), ("desktop", "dark"), ("phone", "light"), ("phone", "dark")])
 def test_three_answers_and_what_lies_beneath(visit, size, scheme):
     page = visit(size, scheme)
-    picture(page, f"compare-{size}-{scheme}-1-empty")
     page.fill("#prompt textarea", ASK)
     page.wait_for_timeout(700)  # what moves within half a second of a key is not counted as a jump
+    picture(page, f"compare-{size}-{scheme}-1-empty")
+    page.evaluate("window.shifts = []")
     page.press("#prompt textarea", "Enter")
     page.wait_for_selector("#answer-rl [aria-busy=true]")
     texts = []
@@ -126,6 +127,7 @@ def test_three_answers_and_what_lies_beneath(visit, size, scheme):
     page.wait_for_function("!document.querySelector('.caret')")
     assert page.text_content("#critique-base .principle") and page.locator("#critique-base .said").first.text_content()
     page.click("#fold-preference-sl > button")
+    page.wait_for_selector("#preference-sl .pair")
     page.wait_for_function("[...document.querySelectorAll('#preference-sl .odds b')].every(b => b.textContent.includes('%'))")
     assert page.locator("#preference-sl .pair").count() == 2
     wait_until_idle(page)
