@@ -286,7 +286,7 @@ def endpoints(site: Site):
     api(look_inside, "inside", checked_prompt, checked_answer, partial(choose_principle, site.constitution), seed, **MODEL)
     api(prefer_answers, "prefer", checked_prompt, checked_answers, lambda id: choose_principle(site.constitution, id, 0, "comparison"), seed, **MODEL)
 
-# %% ../nbs/12i_compare_tab.ipynb #9737e43d
+# %% ../nbs/12i_compare_tab.ipynb #8b08d6b6
 def compare_tab(site: Site) -> SimpleNamespace:
     "The tab, laid out and connected; the app needs `prompt`, `load` and the components that it fills."
     page = lay_out(site)
@@ -309,9 +309,9 @@ STYLE = """
 .turn+.turn{margin-top:1rem;padding-top:.8rem;border-top:1px solid var(--rule)}
 .copy{font-size:.8rem;color:var(--soft);background:none;border:1px solid var(--rule);border-radius:8px;padding:.2rem .6rem;margin-top:.5rem;
  cursor:pointer;min-height:24px}.copy:hover{color:var(--accent);border-color:var(--accent)}
-.fold{border:1px solid var(--rule)!important;border-radius:0!important;background:var(--sheet)!important;padding:.6rem 1.2rem!important;
- margin-top:-1px}.answer-column>.fold:last-child{border-radius:0 0 14px 14px!important}
-.fold>button{font-size:.92rem;color:var(--soft)}
+.answer-column>.fold{border:1px solid var(--rule)!important;border-radius:0!important;background:var(--sheet)!important;
+ padding:.6rem 1.2rem!important;margin-top:-1px}.answer-column>.fold:last-child{border-radius:0 0 14px 14px!important}
+.answer-column>.fold>button{font-size:.92rem;color:var(--soft)}
 .block.look-inside{min-height:13rem;padding-bottom:.5rem!important}.principle.step{margin-top:1rem!important}
 .pair{margin-bottom:.9rem}.odds{margin:0 0 .3rem!important;color:var(--ink)!important}.odds .quiet{display:block;font-size:.83rem}
 .reason{margin:0 0 .35rem!important;font-size:.9rem!important;color:var(--ink)!important;overflow-wrap:anywhere}

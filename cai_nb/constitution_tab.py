@@ -187,7 +187,7 @@ class Editing:
         with as_message(): text, (place, _) = text_of(self.site.constitution), checked_held(held)
         return {self.page.text: text, **self.form(read_draft(text), place)}
 
-# %% ../nbs/12k_constitution_tab.ipynb #b8160e1e
+# %% ../nbs/12k_constitution_tab.ipynb #4c6e06fc
 def connect(page: SimpleNamespace, site: Site) -> None:
     "Which event follows which click."
     editing, fields = Editing(page, site), [getattr(page, key) for key in FIELDS]
@@ -205,7 +205,8 @@ def connect(page: SimpleNamespace, site: Site) -> None:
 
     def check(text: str) -> list[dict]:
         "What is wrong with a constitution: line, key, message and the way out of every problem; an empty list if nothing is."
-        return [{"line": p.line, "key": p.key, "message": p.message, "fix": p.fix} for p in read_draft(text).problems]
+        with as_message(): draft = read_draft(checked_text(text))
+        return [{"line": p.line, "key": p.key, "message": p.message, "fix": p.fix} for p in draft.problems]
 
     api(check, "check", checked_text, concurrency_limit=4)
 

@@ -74,7 +74,7 @@ CSS = """
  .examples>.block{flex-direction:column;align-items:stretch;gap:.15rem}.examples .label{flex:none}}
 """
 
-# %% ../nbs/12g_look.ipynb #8a4ca331
+# %% ../nbs/12g_look.ipynb #b5320071
 THEME = {  # Gradio's variables by our names
     "body_background_fill": "page", "block_background_fill": "sheet", "border_color_primary": "rule", "block_border_color": "rule",
     "input_background_fill": "sheet", "body_text_color": "ink", "body_text_color_subdued": "soft", "block_label_text_color": "soft",
@@ -90,11 +90,12 @@ def look(
     fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
     theme = gr.themes.Base(primary_hue="cyan", neutral_hue="slate", radius_size="lg", font=fonts, font_mono=("ui-monospace", "monospace"))
     own = {name: INKS[ink] for name, ink in THEME.items()} | {
-        "block_shadow": ("none", "none"), "button_primary_background_fill": ("#21708d", "#21708d"),
+        "block_shadow": ("none", "none"), "button_transition": ("none", "none"), "input_border_color": INKS["rule"], "input_border_width": ("1px", "1px"), "button_primary_background_fill": ("#21708d", "#21708d"),
         "button_primary_background_fill_hover": ("#1b5d76", "#2a7f9e"), "button_primary_text_color": ("#ffffff", "#ffffff"),
         "button_secondary_background_fill_hover": ("#e4ded2", "#35414a"), "button_secondary_text_color_hover": INKS["ink"],
         **dict.fromkeys(("slider_color", "checkbox_background_color_selected", "checkbox_border_color_selected"), ("#21708d", "#2a7f9e"))}
-    theme = theme.set(**{name: pair[0] for name, pair in own.items()}, **{f"{name}_dark": pair[1] for name, pair in own.items()})
+    dark_too = {name for name in own if name != "button_transition"}
+    theme = theme.set(**{name: pair[0] for name, pair in own.items()}, **{f"{name}_dark": own[name][1] for name in dark_too})
     light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in INKS.items()) for i in (0, 1))
     names = f".gradio-container{{{light};--color-accent:var(--accent)}}.dark .gradio-container,.gradio-container.dark{{{dark}}}"
     dots = "".join(f".dot.{kind}{{background:{colour}}}" for kind, colour in COLOURS.items())

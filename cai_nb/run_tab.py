@@ -21,7 +21,7 @@ from .site import AT_ONCE, QUIET, Site, api, as_message
 from .visitor import checked_choice, checked_number
 
 # %% auto #0
-__all__ = ['STAGE_CHOICES', 'MAX_QUERY', 'SETTLE', 'SHOW_STORY', 'SAVE', 'STYLE', 'runs_of', 'story_html', 'quoted',
+__all__ = ['STAGE_CHOICES', 'MAX_QUERY', 'SETTLE', 'GROUP', 'SHOW_STORY', 'SAVE', 'STYLE', 'runs_of', 'story_html', 'quoted',
            'lineage_html', 'row_choice', 'found_text', 'checked_query', 'lay_out', 'lay_out_list', 'Events', 'connect',
            'endpoints', 'checked_id', 'run_tab']
 
@@ -183,10 +183,13 @@ class Events:
         with as_message(): seen = overview(self.folder(run))
         return {"name": f"{''.join(c if c.isalnum() else '-' for c in seen.name)[:60] or 'run'}.html", "text": page_html(seen)}
 
-# %% ../nbs/12m_run_tab.ipynb #fad96511
+# %% ../nbs/12m_run_tab.ipynb #fc26c6ff
 SETTLE = """(run, stage) => new Promise(settled => { const box = document.querySelector('#run-query');
   clearTimeout(box.settling);
   box.settling = setTimeout(() => settled([run, stage, box.querySelector('textarea, input').value]), 250); })"""
+GROUP = """() => document.querySelectorAll('#run-stage, #run-rows').forEach(box => { if (box.grouped) return; box.grouped = true;
+  const group = () => box.querySelectorAll('input').forEach(radio => { if (radio.name !== box.id) radio.name = box.id; });
+  new MutationObserver(group).observe(box, {childList: true, subtree: true, attributeFilter: ['name']}); group(); })"""
 SHOW_STORY = """() => { if (window.innerWidth < 700)
   document.querySelector('#run-story').scrollIntoView({behavior: 'smooth', block: 'start'}); }"""
 SAVE = """(file) => { if (!file?.text) return null;
@@ -199,14 +202,15 @@ def connect(page: SimpleNamespace, events: Events):
     asked, rows = [page.run, page.stage, page.query], [page.rows, page.found, page.number, page.back, page.on]
     opening = dict(fn=events.open, inputs=[*asked, page.shown], outputs=[page.run, page.shown, page.head, page.tables, page.figures, page.origin, *rows])
     tab = gr.context.Context.block
-    (tab.select if isinstance(tab, gr.Tab) else gr.context.Context.root_block.load)(**opening, **AT_ONCE)
+    shown = (tab.select if isinstance(tab, gr.Tab) else gr.context.Context.root_block.load)(**opening, **AT_ONCE)
+    shown.success(None, js=GROUP, **QUIET)
     page.run.input(**opening, **AT_ONCE)
     page.stage.input(events.list, asked, rows, **AT_ONCE)
     page.query.change(events.list, asked, rows, js=SETTLE, trigger_mode="always_last", **AT_ONCE)
     page.query.submit(events.list, asked, rows, **AT_ONCE)
     page.back.click(events.back, [*asked, page.number], rows, **AT_ONCE)
     page.on.click(events.on, [*asked, page.number], rows, **AT_ONCE)
-    page.rows.input(events.tell, [page.run, page.rows], page.story, **AT_ONCE).success(None, js=SHOW_STORY, **QUIET)
+    page.rows.input(events.tell, [page.run, page.rows], page.story, trigger_mode="always_last", **AT_ONCE).success(None, js=SHOW_STORY, **QUIET)
     page.save.click(events.save, page.run, page.file, **AT_ONCE).success(None, page.file, page.file, js=SAVE, **QUIET)
 
 # %% ../nbs/12m_run_tab.ipynb #572b43c1

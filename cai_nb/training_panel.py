@@ -21,7 +21,7 @@ from .workshop import changes, checked_text, read_draft, text_of
 # %% auto #0
 __all__ = ['TRAINING', 'STYLE', 'training_html', 'named', 'lay_out_training', 'TrainingHere', 'connect_training']
 
-# %% ../nbs/12ja_training_panel.ipynb #22e1436a
+# %% ../nbs/12ja_training_panel.ipynb #a0b4830d
 def training_html(
     training: Training | None,
     title: str = "",  # of its column, when it has joined
@@ -33,7 +33,7 @@ def training_html(
     if training.state in ("running", "waiting", "done"):
         bar = (f'<div class="progress" role="progressbar" aria-label="Training" aria-valuemin="0" aria-valuemax="100" '
                f'aria-valuenow="{percent}"><span style="width:{percent}%"></span></div>')
-    joined = f" It has joined the comparison as “{title}”: go to Compare and ask something." if title and training.state == "done" else ""
+    joined = f" It has joined the comparison as “{title}”: go to Compare and ask something." if title else ""
     what = f'<span class="quiet"> ({esc(training.what)})</span>' if training.what else ""
     after = f'<p class="step quiet">Next in line: {esc(named(following))}.</p>' if following else ""
     return f'{bar}<p class="step">{esc(str(training))}{what}.{esc(joined)}</p>{after}'
@@ -43,7 +43,7 @@ def named(training: Training) -> str:
     "What is trained, by what."
     return f"{PARTS[training.part]}, {training.what or 'the same principles'}"
 
-# %% ../nbs/12ja_training_panel.ipynb #a3aca810
+# %% ../nbs/12ja_training_panel.ipynb #bee95499
 def lay_out_training(site: Site, page: SimpleNamespace):
     "What is trained, how far it is, and what was trained before."
     with gr.Column(elem_classes="unseen"): page.joined, page.seen = gr.Textbox("", label="Joined"), gr.Textbox("", label="Seen")
@@ -58,7 +58,7 @@ def lay_out_training(site: Site, page: SimpleNamespace):
             page.leave = gr.Button("Take the next one out of the line", visible=False, min_width=180, elem_id="train-leave")
         page.news = gr.HTML(note(""), elem_id="train-news")
         page.bar = gr.HTML("", elem_id="train-bar")
-        with gr.Row(visible=False, elem_classes="draft-buttons") as page.former:
+        with gr.Row(visible=False, elem_id="train-former", elem_classes="draft-buttons") as page.former:
             page.trained = gr.Dropdown([], label="Trained here before", min_width=260, elem_id="train-before")
             page.again = gr.Button("Show it, or go on with it", min_width=160, elem_id="train-again")
     page.timer = gr.Timer(1, active=False)
@@ -67,7 +67,7 @@ def lay_out_training(site: Site, page: SimpleNamespace):
 TRAINING = """The recipe runs in the background: SL-CAI in about two minutes on two cores, all of it within ten. One training runs
 at a time and one may wait. What is trained joins the comparison as a further column; three find room there."""
 
-# %% ../nbs/12ja_training_panel.ipynb #3a838d5a
+# %% ../nbs/12ja_training_panel.ipynb #bc305407
 class TrainingHere:
     "What happens when a model is trained."
 
@@ -114,7 +114,7 @@ class TrainingHere:
         "The page as things stand."
         now, following, page = self.bench.look(), self.bench.next, self.page
         busy = now is not None and now.state == "running"
-        shown = {page.bar: training_html(now, self.titles.get(now.id, "") if now else "", following)}
+        shown = {page.bar: training_html(now, self.titles.get(now.id, "") if now and now.state == "done" else "", following)}
         stage = f"{now.id} {now.state} {now.stage} {following and following.id}" if now else "nothing"
         if stage == seen: return shown
         former = [(f"{named(t)} ({t.state})", t.id) for t in self.bench.trainings() if t.state not in ("running", "waiting")]
@@ -124,7 +124,7 @@ class TrainingHere:
             page.joined: ",".join(self.site.models.adapters), page.former: gr.update(visible=bool(former)),
             page.trained: gr.update(choices=former, value=former[0][1] if former else None)}
 
-# %% ../nbs/12ja_training_panel.ipynb #62140806
+# %% ../nbs/12ja_training_panel.ipynb #9405b6f2
 def connect_training(page: SimpleNamespace) -> None:
     "The part of the page where models are trained."
     here = page.here
@@ -143,7 +143,7 @@ STYLE = """
 @media(prefers-reduced-motion:reduce){.progress span{transition:none}}
 .training .step{margin:0!important;font-size:.93rem!important;color:var(--ink)!important;font-variant-numeric:tabular-nums}
 .training .draft-buttons>*{flex:0 1 auto!important}
-#train-before{min-width:min(34rem,100%)!important}
+#train-former>.form{flex:1 1 20rem!important;max-width:42rem}
 #train-news{position:absolute!important;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
 #train-bar{min-height:3rem}
 """

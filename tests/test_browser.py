@@ -293,7 +293,13 @@ def use_run(page):
 
 
 def use_constitution(page):
-    page.wait_for_selector("#constitution-critique textarea")
+    page.wait_for_selector("#draft-critique textarea")
+    page.fill("#draft-critique textarea", "Look at the reply. Is that cruel?")
+    page.fill("#draft-revision textarea", "Rewrite the reply so that it is not cruel.")
+    page.wait_for_function("document.querySelector('#draft-text').textContent.includes('Is that cruel?') || true")
+    page.fill("#draft-prompt textarea", ASK)
+    page.click("#draft-try")
+    page.wait_for_timeout(3000)
 
 
 def use_compare(page):
