@@ -102,7 +102,7 @@ def _learnt(opened: Records, own: str, id: str) -> str:
     if name != "pairs": return FILES[name][1](row)[id]
     return row["responses"][opened.files["labels"].rows.get(own, {"p_a": 1})["p_a"] < 0.5]
 
-# %% ../nbs/12e_lineage.ipynb #fc5ab775
+# %% ../nbs/12e_lineage.ipynb #c7913110
 @dataclass(frozen=True)
 class Step:
     "One thing that was said, decided or done."
@@ -131,8 +131,9 @@ def asked(
     id: str,  # of a prompt
 ) -> list[Step]:
     "A prompt with its source, after the turns before it."
-    if id not in opened.files["prompts"].rows: return [Step("prompt", "", "Prompt", f"{id} is not in prompts.jsonl; the file may be damaged")]
-    row = opened.files["prompts"][id]
+    prompts = opened.files["prompts"]
+    if id not in prompts.rows: return [Step("prompt", "", "Prompt", f"{id} is not in prompts.jsonl; the file may be damaged")]
+    row = prompts[id]
     return _turns(row["messages"], f"{row['kind']}, from {row.get('source') or 'an unnamed source'}; id {id}")
 
 
@@ -141,7 +142,7 @@ def _turns(messages: list[dict], note: str) -> list[Step]:
     names = {"user": "Human", "assistant": "Assistant", "system": "System"}
     return [*(Step("earlier", m["content"], names.get(m["role"], "")) for m in before), Step("prompt", last["content"], "Prompt", note)]
 
-# %% ../nbs/12e_lineage.ipynb #cdc96c18
+# %% ../nbs/12e_lineage.ipynb #0dabb558
 def chain_story(
     opened: Records,
     id: str,  # of a chain
@@ -152,7 +153,8 @@ def chain_story(
     steps = [Step("response", chain["response"], "First response", f"by {name}, helpful only; never trained on" + _flags(chain, "step0:"))]
     for k, step in enumerate(chain["steps"][:last], 1):
         steps.append(_principle(opened, step.get("principle_id"), "critique"))
-        if step.get("critique") is not None: steps.append(Step("critique", step["critique"], "Critique", _flags(chain, f"critique{k}:").strip("; ")))
+        said = step.get("critique")
+        if said is not None: steps.append(Step("critique", said, "Critique", _flags(chain, f"critique{k}:").strip("; ")))
         steps.append(Step("revision", step["revision"], f"Revision {k}", opened.roles["sl"][f"{id}:{k}"].text + _flags(chain, f"step{k}:")))
     return steps
 
@@ -168,20 +170,22 @@ def _principle(opened: Records, id: str, kind: str) -> Step:
     words = getattr(found, kind, None) or "(its words are not in the run's constitution)"
     return Step("principle", words, getattr(found, "title", "") or str(id), (found.revision or "") if found and kind == "critique" else "")
 
-# %% ../nbs/12e_lineage.ipynb #018ef60f
+# %% ../nbs/12e_lineage.ipynb #e987ffbe
 def pair_story(
     opened: Records,
     id: str,  # of a pair
 ) -> list[Step]:
     "Two answers, and how they were compared (paper §4.1)."
     pair = opened.files["pairs"][id]
-    steps = [Step("answer", text, f"Answer {side}", "by SL-CAI" + _flags(pair, f"{side.lower()}:")) for side, text in zip("AB", pair["responses"])]
+    steps = [Step("answer", text, f"Answer {side}", "by SL-CAI" + _flags(pair, f"{side.lower()}:"))
+             for side, text in zip("AB", pair["responses"])]
     if id not in opened.files["labels"].rows: return steps
     label = opened.files["labels"][id]
     for vote in label["votes"]:
         question, shown = _principle(opened, vote["principle_id"], "comparison"), "A, then B" if vote["order"] == "ab" else "B, then A"
-        bounds = f" ({share(vote['unclamped'])} before it was kept within bounds)" if vote.get("unclamped", vote["p_a"]) != vote["p_a"] else ""
-        steps.append(Step("vote", question.text, question.title, f"shown {shown}: A is the better one with {share(vote['p_a'])}{bounds}", vote["p_a"]))
+        said = f"shown {shown}: A is the better one with {share(vote['p_a'])}"
+        if vote.get("unclamped", vote["p_a"]) != vote["p_a"]: said += f" ({share(vote['unclamped'])} before it was kept within bounds)"
+        steps.append(Step("vote", question.text, question.title, said, vote["p_a"]))
         turned = "here (A) stands for answer B, and (B) for answer A" if vote["order"] == "ba" else ""
         if vote.get("rationale") is not None: steps.append(Step("reasoning", str(vote["rationale"]), "Reasoning", turned))
     mean = f"mean of {len(label['votes'])} votes" if label["votes"] else "nobody was asked"
@@ -215,7 +219,7 @@ def lineage(
     prompt = prompt_of(opened, own)
     return Lineage(str(row_id), stage, (*asked(opened, prompt), *steps, role_step(opened, stage, row_id)), _later(opened, prompt))
 
-# %% ../nbs/12e_lineage.ipynb #e4921297
+# %% ../nbs/12e_lineage.ipynb #cf442043
 def _reply_story(opened: Records, id: str) -> list[Step]:
     "A reply of the helpful model (paper §3.2)."
     row, name = opened.files["helpful"][id], opened.run.recipe["helpful"] or opened.run.recipe["base"]
@@ -231,9 +235,9 @@ def _comparison_story(opened: Records, id: str) -> tuple[Step, ...]:
 
 def _later(opened: Records, id: str) -> dict[str, tuple[Step, ...]]:
     "All that came of a prompt, stage by stage."
-    of = lambda name: opened.of_prompt.get(id, {}).get(name, ())
+    of, role = (lambda name: opened.of_prompt.get(id, {}).get(name, ())), (lambda *row: role_step(opened, *row))
     found = {"Critiques and revisions": [s for c in of("chains") for s in chain_story(opened, c)],
-             "Helpful replies": [s for r in of("helpful") for s in (*_reply_story(opened, r), role_step(opened, "sl", r))],
-             "Two answers of SL-CAI, compared": [s for p in of("pairs") for s in (*pair_story(opened, p), role_step(opened, "preference", p))],
-             "Reinforcement learning": [role_step(opened, "rl", id)] if id in opened.roles["rl"] else []}
+             "Helpful replies": [s for r in of("helpful") for s in (*_reply_story(opened, r), role("sl", r))],
+             "Two answers of SL-CAI, compared": [s for p in of("pairs") for s in (*pair_story(opened, p), role("preference", p))],
+             "Reinforcement learning": [role("rl", id)] if id in opened.roles["rl"] else []}
     return {heading: tuple(steps) for heading, steps in found.items() if steps}

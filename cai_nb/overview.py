@@ -18,8 +18,8 @@ from .rows import row_id
 from .run import file_digest
 
 # %% auto #0
-__all__ = ['tables_of', 'stage_rows', 'figure_text', 'provenance', 'Overview', 'overview', 'head_html', 'tables_html',
-           'figures_html', 'origin_html', 'page_html']
+__all__ = ['FURTHER_DOWN', 'tables_of', 'stage_rows', 'figure_text', 'provenance', 'Overview', 'overview', 'head_html',
+           'tables_html', 'figures_html', 'origin_html', 'page_html']
 
 # %% ../nbs/12fa_overview.ipynb #ecbb71db
 def tables_of(
@@ -38,7 +38,7 @@ def stage_rows(stages: dict) -> list[list[str]]:
     rows = [[name, entry["status"], f"{entry['seconds']:.0f}", said(entry.get("counts", {}))] for name, entry in stages.items()]
     return [["", "", "seconds", "counts"], *rows, ["all", "", f"{sum(entry['seconds'] for entry in stages.values()):.0f}", ""]]
 
-# %% ../nbs/12fa_overview.ipynb #11a44f0c
+# %% ../nbs/12fa_overview.ipynb #b9bf9881
 def figure_text(
     name: str,      # as in `CAPTIONS`
     metrics: dict,  # of eval/metrics.json; may be empty
@@ -49,12 +49,15 @@ def figure_text(
 
 
 def _outcomes(metrics: dict, opened: Records) -> str:
-    parts = []
-    for of in ("harmful", "benign"):
-        shares = {m: sorted(((kinds[of][k]["value"] or 0, k) for k in KINDS), reverse=True) for m, kinds in metrics.get("models", {}).items() if of in kinds}
-        said = "; ".join(f"{TITLES.get(m, m)} {', '.join(f'{share(v, 0)} {k}' for v, k in top if v >= .05)}" for m, top in shares.items())
-        if said: parts.append(f"On {of} prompts: {said.replace('_', ' ')}.")
-    return " ".join(parts)
+    models = metrics.get("models", {})
+    said = {of: [f"{TITLES.get(m, m)} {_largest(sets[of])}" for m, sets in models.items() if of in sets] for of in ("harmful", "benign")}
+    return " ".join(f"On {of} prompts: {'; '.join(models)}." for of, models in said.items() if models)
+
+
+def _largest(kinds: dict) -> str:
+    "The kinds of reply with at least a twentieth of the replies, the largest first."
+    shares = sorted(((kinds[k]["value"] or 0, k.replace("_", " ")) for k in KINDS), reverse=True)
+    return ", ".join(f"{share(value, 0)} {kind}" for value, kind in shares if value >= 0.05)
 
 
 def _revisions(metrics: dict, opened: Records) -> str:
@@ -77,7 +80,7 @@ def _training(metrics: dict, opened: Records) -> str:
 
 _SEEN = {"outcomes": _outcomes, "revisions": _revisions, "calibration": _agreement, "training": _training}
 
-# %% ../nbs/12fa_overview.ipynb #955d282e
+# %% ../nbs/12fa_overview.ipynb #fdddca36
 def provenance(
     opened: Records,
 ) -> tuple[dict[str, list[tuple[str, str]]], list[str]]:  # heading → (name, value); and what no longer agrees
@@ -87,14 +90,14 @@ def provenance(
     for name in data: now[name] = file_digest(folder / name) if (folder / name).is_file() else "missing"
     if opened.principles: now["constitution.yaml"] = opened.run.constitution.digest
     then = {**data, "constitution.yaml": said.get("digest", "")}
-    changed = [f"{name}: digest {digest[:16]}, expected {then[name][:16] or 'one in manifest.json'}; it is not the file that this run was made with"
+    changed = [f"{name}: digest {digest[:16]}, expected {then[name][:16] or 'one in manifest.json'}; the run was made with another one"
                for name, digest in now.items() if digest != then[name]]
+    made = [line for key in ("cai_nb", "versions", "machine", "seed") if key in manifest for line in flat(manifest[key], key)]
     lines = {"Constitution": [*flat(said), ("principles", str(len(opened.principles)))], "Data": list(data.items()),
-             "Code and machine": [line for key in ("cai_nb", "versions", "machine", "seed") if key in manifest for line in flat(manifest[key], key)],
-             "Recipe": flat(opened.run.recipe)}
+             "Code and machine": made, "Recipe": flat(opened.run.recipe)}
     return {heading: found for heading, found in lines.items() if found}, changed
 
-# %% ../nbs/12fa_overview.ipynb #b810f855
+# %% ../nbs/12fa_overview.ipynb #34ff60ee
 @dataclass(frozen=True)
 class Overview:
     "What a run says about itself."
@@ -126,27 +129,32 @@ def _overview(opened: Records, version: str) -> Overview:
     figures = {name: (path.read_bytes(), tried(folder, problems, lambda: figure_text(name, metrics, opened), CAPTIONS[name]))
                for name, path in pictures.items() if path.is_file()}
     origin, changed = provenance(opened)
-    return Overview(str(opened.run.recipe["name"]), tables_of(metrics, opened.run.manifest.get("stages") or {}), figures, origin, "models" in metrics,
-                    tuple(stage for stage in STAGES if not opened.done(stage)), (*problems, *changed), version)
+    tables = tables_of(metrics, opened.run.manifest.get("stages") or {})
+    missing = tuple(stage for stage in STAGES if not opened.done(stage))
+    return Overview(str(opened.run.recipe["name"]), tables, figures, origin, "models" in metrics, missing, (*problems, *changed), version)
 
-# %% ../nbs/12fa_overview.ipynb #6d9b488f
+# %% ../nbs/12fa_overview.ipynb #fd6335cd
 def head_html(seen: Overview) -> str:
     "The run's name, what it was made of, and what is missing."
-    facts = dict(seen.origin.get("Constitution", ())), dict(seen.origin.get("Recipe", ()))
-    made = f"base model <b>{esc(facts[1].get('base'))}</b>, constitution <b>{esc(facts[0].get('name', '?'))}</b> ({esc(facts[0].get('digest', '')[:12])})"
+    constitution, recipe = dict(seen.origin.get("Constitution", ())), dict(seen.origin.get("Recipe", ()))
+    made = (f"Base model <b>{esc(recipe.get('base', '?'))}</b>, constitution <b>{esc(constitution.get('name', '?'))}</b> "
+            f"({esc(constitution.get('digest', '')[:12])}).")
     told = note(f"Not finished: {', '.join(seen.missing)}. What is there is shown.", "warn") if seen.missing else ""
-    if seen.problems:
-        told += (f'<details class="problems"><summary>{len(seen.problems)} thing{"s" * (len(seen.problems) > 1)} in this folder cannot be read, or changed'
-                 f'</summary><ul>{"".join(f"<li>{esc(p)}</li>" for p in seen.problems[:50])}</ul></details>')
-    return (f'<div class="top run-top"><h2>Run “{esc(seen.name)}”</h2><p>{made[0].upper()}{made[1:]}. What came out stands first, then what it was made '
-            f'of; <a href="#run-stage">further down</a> every text that it learnt from can be followed to where it began.</p></div>{told}')
+    if n := len(seen.problems):
+        told += (f'<details class="problems"><summary>{n} thing{"s" * (n > 1)} in this folder cannot be read, or changed</summary>'
+                 f'<ul>{"".join(f"<li>{esc(p)}</li>" for p in seen.problems[:50])}</ul></details>')
+    return (f'<div class="top run-top"><h2>Run “{esc(seen.name)}”</h2><p>{made} What came out stands first, then what it was made of; '
+            f'{FURTHER_DOWN} that it learnt from can be followed to where it began.</p></div>{told}')
+
+
+FURTHER_DOWN = '<a href="#run-stage">further down</a> every text'
 
 
 def tables_html(seen: Overview) -> str:
     "What was measured."
     kept = lambda cell: cell.replace(" %", "\u00a0%").replace("–", "\u2060–\u2060")  # lines may break before an interval, not in it
     found = "".join(table([list(map(kept, row)) for row in rows], title) for title, rows in seen.tables.items() if title != "Stages")
-    unjudged = note("No oracle knows the truth about this run’s replies: what the models say of each other stands here, the rest is for you to read.")
+    unjudged = note("No oracle knows the truth about this run’s replies: what models say of them stands here, the rest is for you to read.")
     rates = '<p class="quiet small">Shares of replies at temperature 1, with 95 % intervals (Wilson).</p>'
     return found + (rates if seen.judged else unjudged if "eval" not in seen.missing else "")
 
@@ -165,12 +173,13 @@ def origin_html(seen: Overview) -> str:
     facts = "".join(f"<h3>{esc(heading)}</h3><dl>{''.join(f'<dt>{esc(k)}</dt><dd>{esc(v)}</dd>' for k, v in lines if k)}</dl>"
                     for heading, lines in seen.origin.items())
     stages = f'<h3>Stages</h3>{table(seen.tables["Stages"], "What each stage did, and its seconds")}' if "Stages" in seen.tables else ""
-    return f'<details class="origin"><summary>What it was made of: stages and seconds, constitution, data, versions, recipe</summary>{stages}{facts}</details>'
+    return ('<details class="origin"><summary>What it was made of: stages and seconds, constitution, data, versions, recipe</summary>'
+            f"{stages}{facts}</details>")
 
-# %% ../nbs/12fa_overview.ipynb #fe73cb71
+# %% ../nbs/12fa_overview.ipynb #36396cb5
 def page_html(seen: Overview) -> str:
     "Tables, figures and provenance as one page that needs nothing else."
-    body = head_html(seen).replace('<a href="#run-stage">further down</a> every text', "in the app, every text") + tables_html(seen) + figures_html(seen)
+    body = head_html(seen).replace(FURTHER_DOWN, "in the app, every text") + tables_html(seen) + figures_html(seen)
     return ('<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
             f"<title>{esc(seen.name)}</title><style>{STYLE}</style></head><body><main>{body}"
             f'{origin_html(seen).replace("<details", "<details open", 1)}</main></body></html>')

@@ -21,7 +21,7 @@ from .run import Run, filled, read_manifest
 # %% auto #0
 __all__ = ['FILES', 'KEYS', 'ROLES', 'sketch', 'Index', 'stamp', 'index_of', 'Role', 'Records', 'share', 'records', 'tried']
 
-# %% ../nbs/12db_records.ipynb #e94ced4b
+# %% ../nbs/12db_records.ipynb #199bfa41
 def _pair(row: dict) -> dict:
     a, b = row["responses"]
     return {"responses": [f"{row['id']}:a", f"{row['id']}:{'a' if a == b else 'b'}"]}
@@ -52,7 +52,8 @@ def sketch(
     "What stays in memory of a row; an error if anything is missing that will be shown."
     row, (keep, texts), keys = json.loads(line), FILES[name], KEYS.get(name, ("id",))
     "".join([*(row[key] for key in keys), *texts(row).values()])  # all are texts
-    return row[keys[0]], {key: row[key] for key in keys if key != "response"} | {"flags": [str(f) for f in row.get("flags", ())], **keep(row)}
+    links = {key: row[key] for key in keys if key != "response"}
+    return row[keys[0]], {**links, "flags": [str(f) for f in row.get("flags", ())], **keep(row)}
 
 # %% ../nbs/12db_records.ipynb #876227e1
 @dataclass(frozen=True, eq=False)
@@ -88,7 +89,7 @@ def index_of(
     "Read a file of rows, or what has been read of it already."
     return _index(path, *stamp(path))
 
-# %% ../nbs/12db_records.ipynb #adf229a6
+# %% ../nbs/12db_records.ipynb #7d46189a
 @lru_cache(maxsize=64)
 def _index(path: Path, size: int, changed: int) -> Index:
     rows, problems, at = {}, [], 0
@@ -99,7 +100,8 @@ def _index(path: Path, size: int, changed: int) -> Index:
             rows[id] = row | {"at": at}
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
             lacks = f"{e} is missing" if isinstance(e, KeyError) else e
-            problems.append(f"{path.name}:{number}: not a whole row ({lacks}), found {line[:40].decode(errors='replace')!r}; it is left out here")
+            found = line[:40].decode(errors="replace")
+            problems.append(f"{path.name}:{number}: not a whole row ({lacks}), found {found!r}; it is left out here")
         at += len(line)
     return Index(path, rows, tuple(problems))
 
@@ -159,7 +161,7 @@ def share(
     "A probability as people read it."
     return f"{100 * p:.{digits}f} %"
 
-# %% ../nbs/12db_records.ipynb #999588f4
+# %% ../nbs/12db_records.ipynb #46f3739d
 def records(
     folder: str | Path,  # a run folder
 ) -> Records:            # kept until a file changes
@@ -179,7 +181,8 @@ def _records(folder: Path, stamps: tuple) -> Records:
     constitution = tried(folder, problems, lambda: Constitution.load(folder / "constitution.yaml"), None)
     files = {name: index_of(folder / f"{name}.jsonl") for name in FILES}
     problems += [p for index in files.values() for p in index.problems]
-    return Records(Run(folder, recipe, manifest), files, {p.id: p for p in constitution.principles} if constitution else {}, tuple(problems))
+    principles = {p.id: p for p in constitution.principles} if constitution else {}
+    return Records(Run(folder, recipe, manifest), files, principles, tuple(problems))
 
 
 def tried(folder: Path, problems: list[str], read, missing):
@@ -215,11 +218,12 @@ def _left_out(prompts: dict, row: dict, flags: list[str], limit: str) -> Role:
     elif flags: limit = f"flagged {', '.join(f.split(':')[-1] for f in flags)}"
     return Role(False, f"left out: {limit}")
 
-# %% ../nbs/12db_records.ipynb #b943ac9f
+# %% ../nbs/12db_records.ipynb #aef07866
 def _preference_roles(opened: Records) -> dict[str, Role]:
     "Every pair of SL-CAI answers and every helpfulness comparison (paper §4.1, §4.2)."
     from cai_nb.preference import preference_rows, split_rows
-    pairs, labels, given, config = opened.files["pairs"].rows, opened.files["labels"].rows, opened.comparisons, opened.run.recipe["preference"]
+    pairs, labels, given = opened.files["pairs"].rows, opened.files["labels"].rows, opened.comparisons
+    config = opened.run.recipe["preference"]
     prompts = {row["id"]: row for row in opened.files["prompts"].whole()}
     known = [label for id, label in labels.items() if prompts.get(pairs.get(id, {}).get("prompt_id"), {}).get("split") == "train"]
     named = [row | {"chosen": f"{id}:a", "rejected": f"{id}:b"} for id, row in (given or {}).items()]
@@ -240,20 +244,22 @@ def _better(row: dict) -> list[str]:
 
 
 def _no_preference(pair: dict, labels: dict, prompts: dict) -> Role:
-    same = len(set(pair["responses"])) == 1
-    return _left_out(prompts, pair, [], "the two answers are the same" if same else "it has no label" if pair["id"] not in labels else "not of the training split")
+    if len(set(pair["responses"])) == 1: return _left_out(prompts, pair, [], "the two answers are the same")
+    return _left_out(prompts, pair, [], "it has no label" if pair["id"] not in labels else "its prompt is kept for evaluation")
 
-# %% ../nbs/12db_records.ipynb #4d279bfa
+# %% ../nbs/12db_records.ipynb #4e4dad65
 def _rl_roles(opened: Records) -> dict[str, Role]:
     "Every training prompt (paper §4.1)."
     from cai_nb.rl import rl_prompts
     config, metrics = opened.run.recipe["rl"], tried(opened.run.folder, [], lambda: read_json(opened.run.file("rl/metrics.json"), {}), {})
     prompts, steps = [row for row in opened.files["prompts"].rows.values() if row["split"] == "train"], {}
     if metrics.get("prompts_too_long") or opened.files["prompts"].problems or not prompts:
-        return {row["id"]: Role(True, _chosen(opened, "rl", "among the prompts to draw from; the steps cannot be told here")) for row in prompts}
+        untold = Role(True, _chosen(opened, "rl", "among the prompts to draw from; the steps cannot be told here"))
+        return {row["id"]: untold for row in prompts}
     each = config["batch_size"] // config["group_size"]
     drawn = rl_prompts(prompts, config["steps"] * each, config["helpful_ratio"], opened.run.recipe["seed"])
-    for i, row in enumerate(drawn[:metrics.get("steps", config["steps"]) * each]): steps.setdefault(row["id"], []).append(str(i // each + 1))
+    for i, row in enumerate(drawn[:metrics.get("steps", config["steps"]) * each]):
+        steps.setdefault(row["id"], []).append(str(i // each + 1))
     shown = {id: f"answered {config['group_size']} times at step {' and at step '.join(at)}" for id, at in steps.items()}
     return {row["id"]: Role(True, _chosen(opened, "rl", shown[row["id"]])) if row["id"] in shown else Role(False, "left out: not drawn")
             for row in prompts}

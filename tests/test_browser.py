@@ -294,12 +294,12 @@ def use_run(page):
 
 def use_constitution(page):
     page.wait_for_selector("#draft-critique textarea")
-    page.fill("#draft-critique textarea", "Look at the reply. Is that cruel?")
-    page.fill("#draft-revision textarea", "Rewrite the reply so that it is not cruel.")
-    page.wait_for_function("document.querySelector('#draft-text').textContent.includes('Is that cruel?') || true")
+    page.fill("#draft-critique textarea", "Look at the reply. Is that violent?")
+    page.fill("#draft-revision textarea", "Rewrite the reply so that it is not violent.")
     page.fill("#draft-prompt textarea", ASK)
     page.click("#draft-try")
-    page.wait_for_timeout(3000)
+    page.wait_for_function("document.querySelectorAll('#draft-shown .said').length >= 3 && !document.querySelector('#draft-shown .caret')")
+    assert "violent" in page.text_content("#draft-shown")
 
 
 def use_compare(page):

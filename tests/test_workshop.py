@@ -75,7 +75,7 @@ def test_an_edit_changes_one_text_and_nothing_else(text):
         found = read_draft(after).principles
         assert found == (*before.principles[:place], wanted, *before.principles[place + 1:])
         comments = [line.partition(" #")[2] for line in text.splitlines() if " #" in line and '"' not in line.partition(" #")[2]]
-        assert all(comment in after for comment in comments if comment.strip()) or place == 0 and text is ODD
+        assert sum(comment not in after for comment in comments) <= 1, "only what stood behind a value that went may go with it"
         old = getattr(before.principles[place], key)
         assert read_draft(with_text(after, place, key, old or "")).principles[place] == replace(before.principles[place], **{key: old and " ".join(old.split())})
 
