@@ -21,7 +21,7 @@ from .run import read_manifest
 __all__ = ['PARTS', 'STARTING', 'stages_of', 'start_run', 'end_group', 'why_it_failed', 'Training', 'stage_share', 'how_far',
            'stage_entries', 'is_done', 'when_written', 'end_of']
 
-# %% ../nbs/12da_background.ipynb #9b785521
+# %% ../nbs/12da_background.ipynb #e72657ff
 PARTS = {"sl": "SL-CAI alone", "all": "SL-CAI, then RL-CAI"}  # what is trained; the last stage and the adapter of each:
 _LAST = {"sl": "sl", "all": "eval"}
 _ADAPTER = {"sl": "sl", "all": "rl"}
@@ -31,7 +31,7 @@ def hold():
     os.read(0, 1)  # returns when the server is gone
     os._exit(9)
 threading.Thread(target=hold, daemon=True).start()
-if hasattr(os, "nice"): os.nice(5)
+if hasattr(os, "nice"): os.nice(19)
 from cai_nb.cli import main
 main()
 """

@@ -1,4 +1,4 @@
-"""Every training row of a run has a full ancestry, and the rows are those of training; the tab that shows them, over HTTP and in Chromium."""
+"""Every training row of a run has its ancestry, and the rows are those of training; the tab that shows it in Chromium and over HTTP."""
 import json
 import os
 import shutil
@@ -178,8 +178,8 @@ def test_reasoning_is_told_with_its_vote(tmp_path):
 def test_where_the_comparisons_are_not_at_hand_the_held_out_rows_are_not_guessed(tmp_path):
     folder = copy_of(tmp_path / "run", helpfulness__comparisons="Anthropic/hh-rlhf/helpful-base:train")
     rows = all_rows(folder, "preference")
-    assert len(rows) == 640
-    assert Counter(row["role"].endswith("unless its prompt is among the 10 % that were held out") for row in rows if row["used"]) == {True: 624}
+    doubts = [row["role"].endswith("unless its prompt is among the 10 % that were held out") for row in rows if row["used"]]
+    assert (len(rows), len(doubts)) == (640, 624) and all(doubts)
 
 
 def test_prompts_that_were_too_long_leave_the_steps_open(tmp_path):
@@ -388,8 +388,8 @@ def test_endpoints(server):
     assert [str(w.message) for w in server[1] if "deprecat" in str(w.message).lower() and "gradio" in w.filename] == []
 
 
-ASKED = [["eval", "", 1, ""], ["sl", "x" * 201, 1, ""], ["sl", None, 1, ""], ["sl", "", -1, ""], ["sl", "", "1", ""], ["sl", "", 1, "../.."],
-         ["sl", "", 1, "recipe.yaml"], [{}, [], {}, []]]
+ASKED = [["eval", "", 1, ""], ["sl", "x" * 201, 1, ""], ["sl", None, 1, ""], ["sl", "", -1, ""], ["sl", "", "1", ""],
+         ["sl", "", 1, "../.."], ["sl", "", 1, "recipe.yaml"], [{}, [], {}, []]]
 HOSTILE = [*(("run_rows", data) for data in ASKED), ("lineage", ["x" * 61, ""]), ("lineage", [None, ""]), ("lineage", [["a"], ""]),
            ("lineage", ["a", "0a1b2c3d4e5f/../.."])]
 
