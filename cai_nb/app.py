@@ -19,8 +19,8 @@ from .look import look
 from .site import AT_ONCE, Site
 
 # %% auto #0
-__all__ = ['TABS', 'REPLAY', 'HEAD', 'header', 'build_demo', 'carry_prompt', 'leave', 'no_such_endpoint', 'launch_settings',
-           'login', 'on_space', 'serve']
+__all__ = ['TABS', 'REPLAY', 'HEAD', 'SESSIONS', 'header', 'build_demo', 'carry_prompt', 'leave', 'no_such_endpoint',
+           'launch_settings', 'login', 'on_space', 'serve']
 
 # %% ../nbs/12n_app.ipynb #83963051
 def header(models: Models) -> str:
@@ -90,18 +90,21 @@ document.addEventListener('click', async event => {
 });
 </script>"""
 
-# %% ../nbs/12n_app.ipynb #2df63092
+# %% ../nbs/12n_app.ipynb #52b0ed45
 def no_such_endpoint(request, error):
     "The answer to a call of an endpoint that does not exist."
     from fastapi.responses import JSONResponse
     return JSONResponse({"detail": f"There is no {request.url.path.rsplit('/', 1)[-1]} here; the endpoints are listed at {request.base_url}?view=api"}, 404)
 
 
+SESSIONS = 128  # four times the line: older visitors' conversations are forgotten first
+
+
 def launch_settings() -> dict:
     "Look and behaviour of the page, for `launch`."
     styles = [tab.STYLE for tab in (compare_tab, chains_tab, constitution_tab, arena_tab, run_tab)]
     return {**look(*styles), "head": HEAD, "quiet": True, "max_file_size": "1kb", "ssr_mode": False, "enable_monitoring": False,
-            "run_history": False, "pwa": False, "app_kwargs": {"exception_handlers": {FnIndexInferError: no_such_endpoint}}}
+            "run_history": False, "pwa": False, "state_session_capacity": SESSIONS, "app_kwargs": {"exception_handlers": {FnIndexInferError: no_such_endpoint}}}
 
 # %% ../nbs/12n_app.ipynb #f24b8851
 def login(
