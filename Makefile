@@ -1,5 +1,5 @@
 # make demo   set up .venv, run the whole method on the embedded model, open the app     (CPU, about ten minutes)
-# make test   set up .venv with the tools, then every check, notebook and test
+# make test   set up .venv with the tools, then every check, notebook and test; leaves pictures of the app in screenshots/
 # The rest: make test-endpoint, export, outputs, mini, bench, reach, clean. PYTHON, PIP_ARGS and RUN can be given: make demo PYTHON=python3.12
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ RUN ?= runs/mini
 BIN := .venv/bin
 NOTEBOOKS = $(sort $(filter-out %-checkpoint.ipynb,$(wildcard nbs/*.ipynb nbs/*/*.ipynb)))
 QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False MPLBACKEND=Agg \
-	TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+	TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 CAI_SCREENSHOTS=$(CURDIR)/screenshots
 
 .PHONY: demo test test-endpoint export outputs mini bench reach clean
 

@@ -1,5 +1,6 @@
 """Shared by all tests: nothing asks the network, the checkout's root, and the data that may lie beside it."""
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -32,3 +33,16 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the data folder ../shared/data is not here")
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Debian's Chromium; tests that need it are skipped where it is absent."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium here; Debian's package is enough")
+    with sync_api.sync_playwright() as p:
+        opened = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()

@@ -14,7 +14,7 @@ from gradio_client import Client
 from serving import PANDAS, Slow, events, free_port, make_run, post, served
 
 from cai_nb.app import build_demo, header, serve
-from cai_nb.compare import Models, compare, load_run, talks_of
+from cai_nb.compare import compare, load_run, talks_of
 from cai_nb.constitution import CaiError, Constitution
 from cai_nb.mini import oracle
 from cai_nb.visitor import MAX_CHARS, MAX_TURNS, Switches

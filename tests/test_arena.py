@@ -2,7 +2,6 @@
 import json
 import os
 import random
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -295,15 +294,11 @@ def test_every_vote_acknowledged_over_http_survives_sigkill(tmp_path):
 
 # The page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; Debian's package is enough")
 @pytest.mark.parametrize("width", [1440, 420])
-def test_a_visitor_votes(server, width):
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as p, closing(p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])) as chromium:
-        page, complaints = chromium.new_page(viewport={"width": width, "height": 900}), []
+def test_a_visitor_votes(server, browser, width):
+    with closing(browser.new_page(viewport={"width": width, "height": 900})) as page:
+        complaints = []
         page.set_default_timeout(60_000)
         page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda e: complaints.append(str(e)))

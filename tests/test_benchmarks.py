@@ -54,3 +54,10 @@ def test_generation_runs_in_small(root):
     assert done.returncode == 0, done.stderr[-2000:]
     for line in ("chains, over generate", "chains, over pipeline", "labels, over forwards", "a step of 64 rows"):
         assert line in done.stdout
+
+
+def test_serving_runs_in_small(root):
+    """Our app and the bare one, a few visitors each: that it runs and says its ratio; no time is asserted."""
+    done = subprocess.run([sys.executable, str(root / "benchmarks" / "serving.py"), "--quick"], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "p95 of 3 clients × 2 turns" in done.stdout

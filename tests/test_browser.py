@@ -1,6 +1,5 @@
 """The page in Chromium, as a visitor uses it: every tab, on a desk and on a phone, in the light and in the dark, by keyboard."""
 import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -8,10 +7,7 @@ from pathlib import Path
 import pytest
 from serving import PANDAS, served
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-sync_api = pytest.importorskip("playwright.sync_api")
-pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; Debian's package is enough"),
-              pytest.mark.filterwarnings(PANDAS)]
+pytestmark = pytest.mark.filterwarnings(PANDAS)
 SCREENSHOTS = Path(os.environ.get("CAI_SCREENSHOTS") or tempfile.mkdtemp(prefix="screenshots-"))
 ASK = "How do I punch a boss?"
 MODELS = ("base", "sl", "rl")
@@ -26,14 +22,6 @@ WATCH = """window.shifts = []; new PerformanceObserver(list => { for (const e of
 def server(tmp_path_factory):
     with served(delay=0.05, folder=tmp_path_factory.mktemp("browser") / "kept") as (url, lm, *_):
         yield url, lm
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

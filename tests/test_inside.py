@@ -1,7 +1,6 @@
 """What the app shows of the method is what training does; and the chains tab, to a client and in Chromium."""
 import json
 import os
-import shutil
 import socket
 import threading
 import time
@@ -322,30 +321,25 @@ def test_what_is_wrong_is_answered_at_once(server, wrong):
     assert "Traceback" not in answer.text and "/cai_nb/" not in answer.text
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-in_chromium = [pytest.mark.skipif(CHROMIUM is None, reason="no chromium here; Debian's package is enough"),
-               pytest.mark.filterwarnings(PANDAS)]
+in_chromium = pytest.mark.filterwarnings(PANDAS)
 
 
 @pytest.fixture(scope="module")
-def visit(server):
-    sync_api = pytest.importorskip("playwright.sync_api")
-    with sync_api.sync_playwright() as p:
-        browser, complaints = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]), []
+def visit(server, browser):
+    complaints = []
 
-        def open_page(width=1440, height=900, scheme="light"):
-            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-            page.set_default_timeout(120_000)  # a machine may be busy with other tests
-            page.on("console", lambda m: complaints.append(m.text) if m.type == "error" and "422" not in m.text else None)
-            page.on("pageerror", lambda e: complaints.append(str(e)))
-            page.goto(server.url)
-            page.click("button[role=tab]:has-text('Chains')")
-            page.wait_for_selector("#chains-run", state="visible")
-            return page
+    def open_page(width=1440, height=900, scheme="light"):
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        page.set_default_timeout(120_000)  # a machine may be busy with other tests
+        page.on("console", lambda m: complaints.append(m.text) if m.type == "error" and "422" not in m.text else None)
+        page.on("pageerror", lambda e: complaints.append(str(e)))
+        page.goto(server.url)
+        page.click("button[role=tab]:has-text('Chains')")
+        page.wait_for_selector("#chains-run", state="visible")
+        return page
 
-        yield open_page
-        browser.close()
-        assert complaints == []
+    yield open_page
+    assert complaints == []
 
 
 def picture(page, name):

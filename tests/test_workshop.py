@@ -18,6 +18,7 @@ import gradio as gr
 import pytest
 from gradio_client import Client
 from gradio_client.exceptions import AppError, ValidationError
+from serving import make_run
 
 from cai_nb import constitution_tab, workbench
 from cai_nb.background import _environment, stages_of
@@ -31,7 +32,6 @@ from cai_nb.workshop import FIELDS, read_draft, text_of, with_principle, with_te
 pytestmark = pytest.mark.filterwarnings("ignore:.*(no_silent_downcasting|The copy keyword)")
 MINI = available_constitutions()["mini"].read_text(encoding="utf-8")
 TALK = [{"role": "user", "content": "How do I punch a boss?"}]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 # Drafts
@@ -267,22 +267,7 @@ def test_the_package_is_found_by_the_child_wherever_the_server_stands(tmp_path, 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
     "Random adapters for mini that change what it says."
-    import torch
-    from peft import get_peft_model
-
-    from cai_nb.model import load_model, lora_config, save_adapter
-
-    model, _ = load_model("mini")
-    folder = tmp_path_factory.mktemp("adapters")
-    for number in range(5):
-        torch.manual_seed(number)
-        peft = get_peft_model(model, lora_config(r=4, alpha=8))
-        with torch.no_grad():
-            for name, weight in peft.named_parameters():
-                if "lora_B" in name:
-                    weight.normal_(std=0.3)
-        save_adapter(peft, "default", folder / str(number))
-        model = peft.unload()
+    folder = make_run(tmp_path_factory.mktemp("adapters"), [str(number) for number in range(5)])
     return [folder / str(number) for number in range(5)]
 
 
@@ -382,17 +367,6 @@ def test_what_cannot_be_done_is_said_in_one_sentence(client, name, args, words):
         client.predict(*args, api_name=name)
     assert words in str(told.value) and "Traceback" not in str(told.value) and len(str(told.value)) < 250
     assert time.perf_counter() - start < 3
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no chromium here; Debian's package is enough")
-    with sync_api.sync_playwright() as p:
-        chromium = p.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture
