@@ -19,7 +19,7 @@ INKS = {  # name: in the light, in the dark
     "ins": ("#d9f0e0", "#1d4a32"), "del": ("#f8dedb", "#55292a"), "button": ("#efebe3", "#2a333a"),
 }
 
-# %% ../nbs/12g_look.ipynb #143d4de0
+# %% ../nbs/12g_look.ipynb #c808f6c2
 CSS = """
 .gradio-container{max-width:1280px!important;margin:0 auto!important;padding:1.2rem clamp(1rem,3vw,2rem) 2.5rem!important;
  width:100%!important}
@@ -66,7 +66,7 @@ CSS = """
 .note{margin:0!important;min-height:1.5em;font-size:.88rem!important;line-height:1.5!important;color:var(--soft)!important}
 .note.warn{color:var(--warn)!important;background:var(--warn-bg);border-radius:10px;padding:.5rem .9rem}
 .spark polyline{fill:none;stroke:var(--accent);stroke-width:1.8}.spark circle{fill:var(--accent)}
-.wide{overflow-x:auto}.wide table{border:0!important;border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem;color:var(--ink)}
+.wide{overflow-x:auto}.wide :is(table,thead,tbody,tr){border:0!important}.wide table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.9rem;color:var(--ink)}
 .wide caption{text-align:left;color:var(--soft);font-size:.87rem;padding-bottom:.3rem}
 .wide th,.wide td{padding:.4rem .7rem!important;border:0!important;border-bottom:1px solid var(--rule)!important;text-align:right;
  white-space:nowrap;color:var(--ink)}.wide th:first-child{text-align:left;font-weight:500}.wide thead th{color:var(--soft)!important}

@@ -42,7 +42,7 @@ def as_message():
     try: yield
     except CaiError as e: raise gr.Error(str(e), duration=8, print_exception=False) from None
 
-# %% ../nbs/12h_site.ipynb #af68763f
+# %% ../nbs/12h_site.ipynb #b62587a1
 def validated(
     *checks: Callable | None,  # one for each input, in order: raises CaiError if it refuses; None: unchecked
 ) -> Callable:  # for `validator=` of an event
@@ -55,7 +55,7 @@ def validated(
 
     def validator(*values):
         found = [ask(check, value) for check, value in zip(checks, values, strict=True)]
-        return found if len(found) > 1 else found[0]  # Gradio would take a list of one for the value of one output
+        return found[0] if len(found) == 1 else found  # Gradio would take a list of one for the value of one output
     return validator
 
 # %% ../nbs/12h_site.ipynb #a3eb05d4
