@@ -2,10 +2,10 @@
 
     python benchmarks/serving.py [--repeats 5] [--clients 32] [--turns 5] [--quick]
 
-Each app is a process of its own with one thread for PyTorch. First one visitor alone asks for every turn, and the times between the events
-of the answers are kept: the model's delays. The bare app is `gr.api` with a generator that sleeps through these delays and yields as many
-texts of the same length: no checks, no page, no model. Then, in turns, all clients at once hold their conversations with one app and
-with the other; a client asks for its next turn when the last is answered. Measured is the time from a request to its first text, over all
+The model's delays are measured first, without any server: the times between the texts of each turn of a conversation. Each app is a process
+of its own with one thread for PyTorch. The bare one is `gr.api` with a generator that sleeps through these delays and yields as many texts
+of about the same length: no checks, no page, no model. Then, in turns, all clients at once hold their conversations with one app and with
+the other; a client asks for its next turn when the last is answered. Measured is the time from a request to its first text, over all
 requests of a round: the 95th percentile. In both apps one request at a time has the model, so most of it is waiting in line.
 
 What differs. A sleeping app leaves the processor to the clients, ours computes; the delays were measured with a processor to itself.
@@ -22,6 +22,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -109,10 +110,25 @@ def talk(url, turns, seed):
     return found
 
 
-def delays(url, turns, n=3):
-    "For each turn, the times between its texts when nobody else is there (of the middle one of `n` conversations)."
-    talks = sorted((talk(url, turns, 100 * i) for i in range(n)), key=lambda t: sum(times[-1] for times in t))
-    return [[b - a for a, b in zip([0.0, *times], times)] for times in talks[n // 2]]
+def delays(turns, n=3):
+    "For each turn, the times between the texts of the model alone (of the middle one of `n` conversations)."
+    import torch
+
+    from cai_nb.compare import compare, load_run, talks_of
+
+    torch.set_num_threads(1)
+    models, _ = load_run()
+    models, found = replace(models, max_new_tokens=NEW_TOKENS), []
+    for i in range(n + 1):  # the first is for warming up
+        history, talk = [], []
+        for turn in range(turns):
+            times, last = [time.perf_counter()], None
+            for last in compare(models, talks_of(history, PROMPT, list(models.adapters)), 100 * i + turn):
+                times.append(time.perf_counter())
+            talk.append([round(b - a, 4) for a, b in zip(times, times[1:])])
+            history.append({"prompt": PROMPT, "answers": last})
+        found.append(talk)
+    return sorted(found[1:], key=lambda talk: sum(map(sum, talk)))[n // 2]
 
 
 def crowd(url, clients, turns):
@@ -143,9 +159,9 @@ def main():
     if args.quick:
         args.repeats, args.clients, args.turns = 1, 3, 2
     rounds, load = [], os.getloadavg()[0]
+    waits = delays(args.turns)
     with server(OURS, NEW_TOKENS=NEW_TOKENS) as ours:
         talk(ours, 1, 0)
-        waits = delays(ours, args.turns)
         with server(BARE, DELAYS=waits) as bare:
             talk(bare, 1, 0)
             for _ in range(args.repeats):
@@ -159,7 +175,7 @@ def main():
         path.write_text(json.dumps({
             "machine": machine(), "load": round(load, 2), "must": MUST, "clients": args.clients, "turns": args.turns, "ratio": round(median(ratios), 4),
             "ratios": [round(r, 4) for r in ratios], "rounds": [{k: round(v, 3) for k, v in r.items()} for r in rounds],
-            "delays": [[round(d, 4) for d in turn] for turn in waits]}, indent=1) + "\n")
+            "delays": waits}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

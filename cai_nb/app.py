@@ -32,7 +32,7 @@ def header(models: Models) -> str:
             "<p>Constitutional AI, step by step: a model that helps with anything; the same model once it has learnt from "
             f"its own <em>critiques and revisions</em>; and then from <em>AI feedback</em>. {models.about}{gap}</p></header>")
 
-# %% ../nbs/12n_app.ipynb #91c67150
+# %% ../nbs/12n_app.ipynb #513f8d63
 TABS = {"Compare": compare_tab.compare_tab, "Chains": chains_tab.chains_tab, "Constitution": constitution_tab.constitution_tab,
         "Arena": arena_tab.arena_tab, "Run": run_tab.run_tab}
 
@@ -58,8 +58,7 @@ def build_demo(
                 tabs[name].select(carry_prompt, [first.state, page.prompt], page.prompt, **AT_ONCE)
         demo.load(first.refresh, None, first.refreshed, js=REPLAY, **AT_ONCE)
         tabs["Compare"].select(first.refresh, None, first.refreshed, **AT_ONCE)
-        joined = getattr(pages["Constitution"], "joined", None)
-        if joined is not None: joined.change(first.refresh, None, first.refreshed, **AT_ONCE)
+        pages["Constitution"].joined.change(first.refresh, None, first.refreshed, **AT_ONCE)
         demo.unload(leave(site))
     return demo.queue(max_size=max_waiting, default_concurrency_limit=1)
 
@@ -77,12 +76,12 @@ def leave(site: Site):
 
 REPLAY = """() => { if (new URLSearchParams(window.location.search).has('p')) setTimeout(() => document.querySelector('#replay')?.click(), 50) }"""
 
-# %% ../nbs/12n_app.ipynb #0fa3ac7f
+# %% ../nbs/12n_app.ipynb #7338ef8c
 HEAD = """<script>
 document.addEventListener('click', async event => {
   const button = event.target.closest('button.copy'); if (!button) return;
   const text = button.dataset.link ? new URL(button.dataset.link, window.location.href).href
-    : button.dataset.text || button.closest('.turn').querySelector('.said').innerText;
+    : button.closest('.turn').querySelector('.said').innerText;
   try { await navigator.clipboard.writeText(text); }
   catch { const area = document.createElement('textarea'); area.value = text; document.body.append(area); area.select();
     document.execCommand('copy'); area.remove(); }

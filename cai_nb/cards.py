@@ -114,7 +114,7 @@ def critique_html(principle, answer: str, found: dict, state: str = "done") -> s
             f'{said(critique, now, "…")}<p class="principle step"><b>Revision</b><span class="quiet">{esc(principle.revision)}</span></p>'
             f'<p class="said">{after}</p>')
 
-# %% ../nbs/12f_cards.ipynb #2a4d366b
+# %% ../nbs/12f_cards.ipynb #9f3167c6
 def preference_html(
     titles: dict,   # column → title
     column: str,    # whose card it is
@@ -133,7 +133,7 @@ def _pair_html(titles, other, first, pair) -> str:
     p, plain = (value if value is None or first else 1 - value for value in (pair["p_a"], pair.get("plain")))
     if pair.get("equal"): return f'<div class="pair"><p class="odds">The same answer as {esc(titles.get(other, other))}’s: nothing to prefer.</p></div>'
     told = "…" if p is None else f"{100 * p:.0f} %"
-    without = "" if plain is None else f'<span class="quiet">{100 * plain:.0f} % without reasoning, as the labels for RL-CAI were made</span>'
+    without = "" if plain is None else f'<span class="quiet">{100 * plain:.0f} % without reasoning</span>'
     bar = "" if p is None else f'<span class="bar" aria-hidden="true"><span style="width:{100 * p:.0f}%"></span></span>'
     reasons = "".join(
         f'<p class="reason"><span class="quiet">this answer shown as ({letter}):</span> {esc(pair["reasoning"].get(order) or "…")}</p>'

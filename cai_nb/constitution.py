@@ -84,7 +84,7 @@ def _paper_comparisons(path: Path) -> list[Principle]:
         for i, question in enumerate(questions)
     ]
 
-# %% ../nbs/00a_constitution.ipynb #46cfa4ec
+# %% ../nbs/00a_constitution.ipynb #b85285c8
 @dataclass(frozen=True, repr=False)
 class Constitution:
     "A named list of principles with its version, licence and provenance."
@@ -175,18 +175,22 @@ class Constitution:
             kept = [p for p in kept if p in first]
         return replace(self, principles=tuple(kept))
 
+    def as_yaml(self) -> str:
+        "The constitution as YAML that `load` reads back to an equal one."
+        keep = {k: v for k, v in asdict(self).items() if v and k not in ("path", "principles")}
+        entries = [{k: _bare(v) for k, v in asdict(p).items() if v and (k, v) != ("weight", 1.0)} for p in self.principles]
+        content = {k: _bare(v) for k, v in keep.items()} | {"principles": entries}
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+
     def save(
         self,
         path: str | Path,  # a YAML file; written whole or not at all
     ) -> Path:
-        "Write the constitution as YAML that `load` reads back to an equal one."
-        keep = {k: v for k, v in asdict(self).items() if v and k not in ("path", "principles")}
-        entries = [{k: _bare(v) for k, v in asdict(p).items() if v and (k, v) != ("weight", 1.0)} for p in self.principles]
-        content = {k: _bare(v) for k, v in keep.items()} | {"principles": entries}
+        "Write the constitution as YAML."
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(path.name + ".part")
-        draft.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110), encoding="utf-8")
+        draft.write_text(self.as_yaml(), encoding="utf-8")
         return draft.replace(path)
 
     def __repr__(self) -> str:

@@ -210,7 +210,7 @@ def connect(page: SimpleNamespace, site: Site) -> None:
 
     api(check, "check", checked_text, concurrency_limit=4)
 
-# %% ../nbs/12k_constitution_tab.ipynb #91d9804b
+# %% ../nbs/12k_constitution_tab.ipynb #1e74908e
 def constitution_tab(site: Site) -> SimpleNamespace:
     "The tab, laid out and connected; its `joined` changes when a trained model has become a column."
     page = lay_out(site)
@@ -222,9 +222,7 @@ def constitution_tab(site: Site) -> SimpleNamespace:
 
 
 STYLE = training_panel.STYLE + trial_panel.STYLE + """
-.unseen{display:none!important}
 .draft{gap:1.6rem!important;align-items:flex-start}
-.draft textarea,.draft input[type=text]{border:1px solid var(--rule)!important;border-radius:8px!important;background:var(--page)!important}
 .problems{margin:0!important;padding:.5rem .9rem!important;list-style:none;font-size:.88rem;line-height:1.5;color:var(--warn);
  background:var(--warn-bg);border-radius:10px}
 .problems li{margin:0!important;color:var(--warn)!important;overflow-wrap:anywhere}

@@ -21,7 +21,7 @@ from .rows import row_id
 from .visitor import choose_principle
 
 # %% auto #0
-__all__ = ['so_far', 'whole_text', 'base_says', 'halted', 'examples_of', 'has_text', 'criticise', 'prefer', 'named', 'draw_steps',
+__all__ = ['so_far', 'whole_text', 'base_says', 'halted', 'examples_of', 'has_text', 'criticise', 'prefer', 'draw_steps',
            'rate_text', 'walk']
 
 # %% ../nbs/12b_inside.ipynb #70daab6f
@@ -157,14 +157,6 @@ def _decide(models, pairs, asked, contexts, name: str) -> None:
     for (pair, order), p in zip(asked, p_first):
         pairs[pair][by_order][order] = float(p if order == "ab" else 1 - p)
         pairs[pair][name] = sum(pairs[pair][by_order].values()) / len(pairs[pair][by_order])
-
-# %% ../nbs/12b_inside.ipynb #0fd321b8
-def named(
-    reasoning: str,          # with the letters that the model was shown
-    shown: tuple[str, str],  # what stood behind (A) and behind (B)
-) -> str:
-    "A reasoning with names in the place of letters."
-    return reasoning.replace("(A)", shown[0]).replace("(B)", shown[1])
 
 # %% ../nbs/12b_inside.ipynb #e43254fa
 def draw_steps(

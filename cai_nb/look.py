@@ -19,8 +19,9 @@ INKS = {  # name: in the light, in the dark
     "ins": ("#d9f0e0", "#1d4a32"), "del": ("#f8dedb", "#55292a"), "button": ("#efebe3", "#2a333a"),
 }
 
-# %% ../nbs/12g_look.ipynb #c808f6c2
+# %% ../nbs/12g_look.ipynb #684e1092
 CSS = """
+.unseen{display:none!important}
 .gradio-container{max-width:1280px!important;margin:0 auto!important;padding:1.2rem clamp(1rem,3vw,2rem) 2.5rem!important;
  width:100%!important}
 .gradio-container .main{padding:0!important;max-width:none!important;width:100%}

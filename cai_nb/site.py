@@ -16,7 +16,8 @@ from .constitution import CaiError, Constitution
 from .visitor import Switches, checked_prompt
 
 # %% auto #0
-__all__ = ['QUIET', 'AT_ONCE', 'MODEL', 'Site', 'as_message', 'validated', 'api', 'in_line']
+__all__ = ['QUIET', 'AT_ONCE', 'MODEL', 'OUTSIDE', 'SAVE', 'Site', 'as_message', 'validated', 'api', 'in_line', 'example_chips',
+           'saved_by_browser']
 
 # %% ../nbs/12h_site.ipynb #356d61bc
 @dataclass
@@ -79,3 +80,28 @@ MODEL = {"concurrency_limit": 1, "concurrency_id": "model"}      # with the mode
 def in_line(status) -> dict:
     "Settings for an event of the page that needs the model: its place in the line shows on `status`."
     return {"api_visibility": "private", "show_progress": "minimal", "show_progress_on": [status], **MODEL}
+
+# %% ../nbs/12h_site.ipynb #8a4ba35e
+OUTSIDE = "This prompt is outside mini's small world, so mini cannot understand it: expect nonsense. The examples show what it knows."
+
+
+def example_chips(
+    site: Site,
+    prompt: gr.Textbox,  # that a click fills
+    elem_id: str,
+) -> gr.Dataset:
+    "A row of examples, two of each sort; hidden where there are none."
+    chips = [pair for texts in site.models.examples.values() for pair in list(texts.items())[:2]]
+    with gr.Column(elem_classes="examples"):
+        return gr.Dataset(components=[prompt], samples=[[text] for _, text in chips], sample_labels=[name for name, _ in chips],
+                          label="Examples", samples_per_page=20, elem_id=elem_id, visible=bool(chips))
+
+# %% ../nbs/12h_site.ipynb #50585fce
+SAVE = """(file) => { if (!file?.text) return null;
+  const link = document.createElement('a'); link.href = URL.createObjectURL(new Blob([file.text], {type: 'application/octet-stream'}));
+  link.download = file.name; link.click(); setTimeout(() => URL.revokeObjectURL(link.href), 10000); return null; }"""
+
+
+def saved_by_browser(event, file: gr.JSON):
+    "After an event that put {name, text} into `file`: the browser saves it, and `file` is empty again."
+    event.success(None, file, file, js=SAVE, **QUIET)
