@@ -34,6 +34,7 @@ OPTIONS = (" (A)", " (B)")  # the leading space belongs to them
 LAYOUTS = ("paper", "principle_last")
 THINK = {"paper": "Let's think step by step:", "principle_last": " Let us think step by step."}
 SO_THE_ANSWER = {"role": "user", "content": "So the answer is:"}
+_NAMES = {"user": "Human", "assistant": "Assistant"}
 
 
 def comparison_context(
@@ -50,10 +51,10 @@ def comparison_context(
         opening = THINK["paper"] if cot else "The answer is:"
         question = comparison_text(messages, responses, principle, cot)
         return [{"role": "user", "content": question}, {"role": "assistant", "content": opening}]
-    options = "\n".join(f"{letter} {text}" for letter, text in zip(OPTIONS, responses, strict=True))
+    lines = [f"{_NAMES[m['role']]}: {m['content']}" for m in messages if m["role"] in _NAMES]
+    lines += [f"{letter} {text}" for letter, text in zip(OPTIONS, responses, strict=True)]
     question = principle.comparison + (THINK[layout] if cot else "")
-    shown = {"role": "user", "content": f"Human: {messages[-1]['content']}\n{options}"}
-    return [shown, {"role": "user", "content": question}]
+    return [{"role": "user", "content": "\n".join(lines)}, {"role": "user", "content": question}]
 
 # %% ../nbs/06b_comparison.ipynb #20bf25a9
 def verdict_context(

@@ -11,7 +11,7 @@ from .constitution import CaiError
 from .data import RowFile, in_batches, row_id
 
 # %% auto #0
-__all__ = ['KINDS', 'SETS', 'TITLES', 'ROWS', 'rate', 'prompt_text', 'judge_replies', 'judged_replies', 'tally',
+__all__ = ['KINDS', 'TITLES', 'ROWS', 'rate', 'conversation_of', 'prompt_text', 'judge_replies', 'judged_replies', 'tally',
            'evaluate_models', 'ranked_pairs', 'label_agreement', 'preference_accuracy', 'calibration',
            'kinds_by_revision', 'pooled', 'show_rate', 'table_rows', 'as_table', 'metrics_table']
 
@@ -32,26 +32,33 @@ def rate(
     return {"value": p, "low": 0.0 if successes == 0 else low, "high": 1.0 if successes == n else high, "n": n}
 
 # %% ../nbs/10_evaluate.ipynb #28bd967a
-KINDS = ("harmful", "evasive", "preachy", "objection", "garbled", "helpful", "over_refusal")
-SETS = ("harmful", "harmful_new_verbs", "benign", "look_alikes")
+KINDS = ("harmful", "evasive", "preachy", "curt", "objection", "garbled", "helpful", "over_refusal")
 
 # %% ../nbs/10_evaluate.ipynb #1c30f4f8
+def conversation_of(
+    prompt,  # a row of prompts.jsonl, a conversation, or plain text
+):  # messages, or the text
+    "What an oracle judges a reply against."
+    return prompt["messages"] if isinstance(prompt, dict) else prompt
+
+
 def prompt_text(
-    prompt,  # a row of prompts.jsonl, or plain text
+    prompt,  # as for `conversation_of`
 ) -> str:
-    "What the user said last: the text that an oracle judges a reply against."
-    return prompt if isinstance(prompt, str) else prompt["messages"][-1]["content"]
+    "What the user said last, for people to read; in a longer conversation after the turn before it."
+    asked = conversation_of(prompt)
+    return asked if isinstance(asked, str) else " … ".join([m["content"] for m in asked if m["role"] == "user"][-2:])
 
 # %% ../nbs/10_evaluate.ipynb #c1390e34
 def judge_replies(
-    oracle,         # has `.judge(prompt_text, reply_text)` → a verdict with `.kind` and `.reason`
-    prompts: list,  # one prompt per reply: rows or texts
+    oracle,         # has `.judge(text_or_messages, reply_text)` → a verdict with `.kind` and `.reason`
+    prompts: list,  # one prompt per reply: rows, conversations or texts
     replies: list,  # the replies' texts
 ) -> list:          # one verdict per reply
     "What each reply is, according to the oracle."
     if len(prompts) != len(replies):
         raise CaiError(f"judge_replies: {len(prompts)} prompts but {len(replies)} replies; give one prompt per reply")
-    verdicts = [oracle.judge(prompt_text(p), r) for p, r in zip(prompts, replies)]
+    verdicts = [oracle.judge(conversation_of(p), r) for p, r in zip(prompts, replies)]
     for v in verdicts:
         if v.kind not in KINDS: raise CaiError(f"oracle: unknown kind {v.kind!r}; expected one of {', '.join(KINDS)}")
     return verdicts
@@ -99,7 +106,7 @@ def tally(
 # %% ../nbs/10_evaluate.ipynb #cc3454ca
 def evaluate_models(
     lms: dict,           # model name ("base", "sl", "rl") → LM
-    prompt_sets: dict,   # set name ("harmful", "harmful_new_verbs", "benign", "look_alikes") → rows of prompts
+    prompt_sets: dict,   # set name ("harmful", "push_back", "benign", …) → rows of prompts
     oracle,
     seed: int = 0,
     temperature: float = 1.0,
@@ -120,10 +127,10 @@ def evaluate_models(
 def ranked_pairs(
     pairs: list[dict],    # rows of pairs.jsonl
     prompts: list[dict],  # the prompts that they belong to
-    oracle,               # has `.rank(prompt_text, reply_text)` → int, higher is better
+    oracle,               # has `.rank(messages, reply_text)` → int, higher is better
 ) -> list[dict]:          # the pairs that the oracle ranks, each with `first`: is responses[0] truly the better?
     "Pairs with a known better reply."
-    asked = {p["id"]: prompt_text(p) for p in prompts}
+    asked = {p["id"]: p["messages"] for p in prompts}
     ranked = []
     for pair in pairs:
         if pair["prompt_id"] not in asked:
@@ -186,7 +193,7 @@ def kinds_by_revision(
     oracle,
 ) -> list[dict]:          # for revision 0, 1, …: {kind: rate}
     "What the replies of the chains are, revision by revision (Fig 5). Prompts that are not harmful are left out."
-    asked = {p["id"]: prompt_text(p) for p in prompts if p.get("kind", "harmful") == "harmful"}
+    asked = {p["id"]: p["messages"] for p in prompts if p.get("kind", "harmful") == "harmful"}
     steps = {}
     for c in chains:
         if c["prompt_id"] not in asked: continue
@@ -200,14 +207,19 @@ TITLES = {"base": "base", "sl": "SL-CAI", "rl": "RL-CAI"}
 ROWS = (  # what is printed, the set, the kinds that are added up
     ("harmful compliance", "harmful", ("harmful",)),
     ("objection with a safe alternative", "harmful", ("objection",)),
+    ("reason without another way", "harmful", ("curt",)),
     ("evasive or preachy", "harmful", ("evasive", "preachy")),
     ("garbled or off-topic", "harmful", ("garbled",)),
-    ("benign helpfulness", "benign", ("helpful",)),
+    ("after push-back: harmful compliance", "push_back", ("harmful",)),
+    ("after push-back: objection", "push_back", ("objection",)),
     ("held-out verbs: harmful compliance", "harmful_new_verbs", ("harmful",)),
     ("held-out verbs: objection", "harmful_new_verbs", ("objection",)),
     ("held-out kind of harm: harmful compliance", "harmful_new_kind", ("harmful",)),
+    ("benign helpfulness", "benign", ("helpful",)),
+    ("harmless prompts refused", "benign", ("over_refusal", "curt", "evasive", "preachy")),
     ("look-alikes: helpful", "look_alikes", ("helpful",)),
-    ("harmless prompts refused", "benign", ("over_refusal", "evasive", "preachy")),
+    ("follow-ups: helpful", "follow_up", ("helpful",)),
+    ("contested: helpful", "contested", ("helpful",)),
 )
 
 # %% ../nbs/10_evaluate.ipynb #e3e9b4d0
@@ -231,7 +243,8 @@ def table_rows(
     models = metrics["models"]
     rows = [[""] + [TITLES.get(m, m) for m in models]]
     for title, name, kinds in ROWS:
-        cells = [show_rate(pooled([m[name][k] for k in kinds])) if name in m else "–" for m in models.values()]
+        found = [[m[name][k] for k in kinds if k in m.get(name, ())] for m in models.values()]  # an older run knows fewer kinds
+        cells = [show_rate(pooled(rates)) if rates else "–" for rates in found]
         if any(c != "–" for c in cells): rows.append([title] + cells)
     for title, path in (("labels that agree with the oracle", ("labels", "agreement")),
                         ("preference model: accuracy", ("preference", "accuracy"))):

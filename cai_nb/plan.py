@@ -12,7 +12,7 @@ from pathlib import Path
 from .constitution import CaiError
 from .recipe import ROLES, load_recipe
 from .run import Run, base_of
-from .stages import comparisons_of, prompt_source
+from .stages import EVAL_SETS, comparisons_of, prompt_source
 
 # %% auto #0
 __all__ = ['Work', 'work_of', 'evaluation_work', 'Pace', 'measured_pace', 'estimated_pace', 'this_machine', 'Sizes', 'memory_of',
@@ -64,7 +64,7 @@ def work_of(
 def evaluation_work(recipe: dict, prompt: float, reply: float) -> Work:
     "The work of the evaluation: three models, the snapshots, votes between models."
     e, r = recipe["eval"], recipe["rl"]
-    sets = 5 if recipe["judge"] == "mini" else 0
+    sets = len(EVAL_SETS) if recipe["judge"] == "mini" else 0
     kept = (r["steps"] // r["snapshot_steps"] + 1) * 2 * min(e["snapshots"], e["n"]) if r["snapshot_steps"] and sets else 0
     said = 3 * sets * e["n"] + kept
     votes = 3 * min(e["elo"], e["n"]) * bool(sets) * 2 * recipe["labels"]["n_principles"]

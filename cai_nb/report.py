@@ -20,7 +20,7 @@ __all__ = ['COLOURS', 'CAPTIONS', 'STYLE', 'new_figure', 'png', 'figure_outcomes
 
 # %% ../nbs/10b_report.ipynb #0d415121
 COLOURS = {"harmful": "#c4442f", "garbled": "#a9adb3", "evasive": "#d8c08a", "preachy": "#b9823a",
-           "over_refusal": "#7d5a80", "objection": "#2f7f9d", "helpful": "#69b07f"}
+           "curt": "#7fb0c2", "over_refusal": "#7d5a80", "objection": "#2f7f9d", "helpful": "#69b07f"}
 
 
 def new_figure(title: str, width: float = 6.4, height: float = 3.6):
@@ -46,18 +46,18 @@ def figure_outcomes(
     sets: tuple = ("harmful", "benign"),
 ):                  # a matplotlib Figure
     "Stacked bars: the kinds of reply of each model on each set of prompts."
-    bars = [(f"{TITLES.get(m, m)}", s, k[s]) for s in sets for m, k in metrics["models"].items() if s in k]
+    shares = lambda kinds: {k: 100 * (kinds[k]["value"] or 0) for k in COLOURS if k in kinds}  # an older run knows fewer kinds
+    bars = [(TITLES.get(m, m), s, shares(k[s])) for s in sets for m, k in metrics["models"].items() if s in k]
     figure, axes = new_figure("What the replies are", height=0.8 + 0.42 * (len(bars) + len(sets)))
     y, ticks, last = 0, [], None
-    for title, name, kinds in bars:
+    for title, name, found in bars:
         if name != last:
             heading = f"{name.replace('_', ' ')} prompts"
             axes.text(0, y + (0.1 if last is None else 0.35), heading, fontsize=9, color="#4c5a64")
             y += 0.85 if last is None else 1.1
             last = name
         left = 0.0
-        for kind in COLOURS:
-            value = 100 * (kinds[kind]["value"] or 0)
+        for kind, value in found.items():
             axes.barh(y, value, left=left, color=COLOURS[kind], height=0.72)
             if value >= 6:
                 axes.text(left + value / 2, y, f"{value:.0f}", ha="center", va="center", fontsize=8.5, color="white")
@@ -66,9 +66,10 @@ def figure_outcomes(
         y += 0.95
     axes.set_yticks([t[0] for t in ticks], [t[1] for t in ticks])
     axes.set(xlim=(0, 100), ylim=(y - 0.3, -0.4), xlabel="% of replies")
-    seen = [k for k in COLOURS if any(kinds[k]["value"] for _, _, kinds in bars)]
+    seen = [k for k in COLOURS if any(found.get(k) for _, _, found in bars)]
+    columns = len(seen) if len(seen) < 7 else (len(seen) + 1) // 2  # more than six do not fit beside each other
     axes.legend([axes.barh(0, 0, color=COLOURS[k]) for k in seen], [k.replace("_", " ") for k in seen],
-                loc="upper center", bbox_to_anchor=(0.5, -0.16 if len(bars) > 3 else -0.25), ncols=len(seen),
+                loc="upper center", bbox_to_anchor=(0.5, -0.16 if len(bars) > 3 else -0.25), ncols=columns,
                 frameon=False, fontsize=8.5, handlelength=1, columnspacing=1.2)
     return figure
 

@@ -5,19 +5,23 @@
 # %% ../nbs/11b_stages.ipynb #06ed7afe
 from __future__ import annotations
 
-import json
+from itertools import cycle, islice
 
 from .constitution import CaiError
 from .rows import RowFile
 from .run import Run, adapted, base_of, lm_of, say
 
 # %% auto #0
-__all__ = ['EVAL_SETS', 'world_prompts', 'prompt_source', 'check_no_overlap', 'generated_prompts', 'stage_prompts', 'flag_of',
-           'stage_chains', 'facts', 'stage_sl', 'stage_pairs', 'stage_labels', 'comparisons_of', 'stage_preference',
-           'stage_rl']
+__all__ = ['EVAL_SETS', 'TRAIN_SETS', 'world_prompts', 'training_prompts', 'prompt_source', 'check_no_overlap',
+           'generated_prompts', 'stage_prompts', 'flag_of', 'stage_chains', 'facts', 'stage_sl', 'stage_pairs',
+           'stage_labels', 'comparisons_of', 'stage_preference', 'stage_rl']
 
 # %% ../nbs/11b_stages.ipynb #bc2f9b00
-EVAL_SETS = ("harmful", "harmful_new_verbs", "benign", "look_alikes", "harmful_new_kind")
+EVAL_SETS = ("harmful", "harmful_new_verbs", "benign", "look_alikes", "harmful_new_kind", "push_back", "follow_up", "contested")
+TRAIN_SETS = {  # of every eight prompts, in turn
+    "harmful": ("harmful",) * 7 + ("push_back",),
+    "helpful": ("benign", "look_alikes", "benign", "follow_up", "benign", "look_alikes", "benign", "contested"),
+}
 
 
 def world_prompts(
@@ -33,6 +37,17 @@ def world_prompts(
     return rows if split == "train" else [row | {"set": kind} for row in rows]
 
 
+def training_prompts(
+    kind: str,  # "harmful" or "helpful"
+    n: int,
+    seed: int,
+) -> list[dict]:  # rows
+    "Prompts of `TRAIN_SETS` from mini's world, so mixed that any number of them from the front is a fair sample."
+    wanted = list(islice(cycle(TRAIN_SETS[kind]), n))
+    drawn = {name: iter(world_prompts(name, wanted.count(name), "train", seed)) for name in dict.fromkeys(wanted)}
+    return [next(drawn[name]) for name in wanted]
+
+
 def prompt_source(
     section: dict,  # of the recipe: "prompts" or "helpfulness"
     kind: str,  # "harmful" or "helpful"
@@ -40,10 +55,7 @@ def prompt_source(
 ) -> tuple[list[dict], dict]:  # rows, and what became of each row that was read
     "Prompts of one kind from the recipe's source."
     if section["path"] == "mini":
-        n = section["limit"]
-        if kind == "harmful":
-            return world_prompts("harmful", n, "train", seed), {}
-        return world_prompts("benign", n - n // 3, "train", seed) + world_prompts("look_alikes", n // 3, "train", seed), {}
+        return training_prompts(kind, section["limit"], seed), {}
     from cai_nb.data import read_prompts
 
     rows, report = read_prompts(section["path"], limit=section["limit"], kind=kind, every_turn=section.get("every_turn", False), seed=seed)
@@ -55,7 +67,7 @@ def check_no_overlap(
 ) -> None:
     "Raise if a prompt's words stand in both the training and the evaluation split."
     def words(row):
-        return " ".join(row["messages"][-1]["content"].lower().split()) if len(row["messages"]) == 1 else json.dumps(row["messages"])
+        return "\n".join(" ".join(m["content"].lower().split()) for m in row["messages"])
 
     sides = {split: {words(row) for row in rows if row["split"] == split} for split in ("train", "eval")}
     if both := sides["train"] & sides["eval"]:

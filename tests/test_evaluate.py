@@ -1,4 +1,5 @@
 """Rates, judging, agreement, tables, figures and the report: counted by hand here, resumed after kills, safe to open."""
+import importlib.util
 import json
 import random
 import re
@@ -8,25 +9,23 @@ from scripted import Killed, ScriptedLM
 
 from cai_nb.constitution import CaiError
 from cai_nb.evaluate import (
-    KINDS, SETS, calibration, evaluate_models, judge_replies, kinds_by_revision, label_agreement, metrics_table, pooled,
-    preference_accuracy, ranked_pairs, rate,
+    KINDS, ROWS, calibration, conversation_of, evaluate_models, judge_replies, kinds_by_revision, label_agreement, metrics_table, pooled,
+    preference_accuracy, prompt_text, ranked_pairs, rate, table_rows,
 )
 from cai_nb.mini import oracle, world
-from cai_nb.report import figure_calibration, figure_outcomes, figure_revisions, figure_training, report_html, save_figures
+from cai_nb.report import COLOURS, figure_calibration, figure_outcomes, figure_revisions, figure_training, report_html, save_figures
+from cai_nb.stages import EVAL_SETS
 
-PROMPTS = {name: world.prompts("test", name, 12, seed=3) for name in SETS}
+PROMPTS = {name: world.prompts("test", name, 12, seed=3) for name in EVAL_SETS}
 
 
 def spoken(sort):
     "A model that answers every prompt of mini's world in one way."
-    def reply(conversation, seed):
-        topic = oracle.find_topic(conversation[-1]["content"])
-        return world.answer(topic, sort if topic.harmful or sort != "harmless" else "comply", random.Random(seed))
-    return ScriptedLM(reply)
+    return ScriptedLM(lambda conversation, seed: world.answer(oracle.topic_of(conversation), sort, random.Random(seed)))
 
 
 def pair_of(first, second, row, name="pair"):
-    rng, topic = random.Random(name), oracle.find_topic(row["messages"][-1]["content"])
+    rng, topic = random.Random(name), oracle.topic_of(row["messages"])
     return {"id": name, "prompt_id": row["id"], "responses": [world.answer(topic, s, rng) for s in (first, second)]}
 
 
@@ -58,7 +57,7 @@ def test_metrics_have_the_shape_of_the_contract(tmp_path):
     metrics, rows = evaluate_models(lms, PROMPTS, oracle, out=tmp_path / "eval" / "samples.jsonl")
     assert list(metrics["models"]) == ["base", "sl", "rl"]
     for sets in metrics["models"].values():
-        assert set(sets) == set(SETS)
+        assert set(sets) == set(EVAL_SETS)
         for kinds in sets.values():
             assert set(kinds) == set(KINDS) and all(set(r) == {"value", "low", "high", "n"} for r in kinds.values())
             assert sum(r["value"] for r in kinds.values()) == pytest.approx(1)
@@ -66,8 +65,10 @@ def test_metrics_have_the_shape_of_the_contract(tmp_path):
     models = metrics["models"]
     assert models["base"]["harmful"]["harmful"]["value"] == models["base"]["benign"]["helpful"]["value"] == 1
     assert models["sl"]["harmful_new_verbs"]["evasive"]["value"] == models["sl"]["look_alikes"]["over_refusal"]["value"] == 1
-    assert models["rl"]["harmful"]["objection"]["value"] == 1
-    assert len(rows) == 3 * 4 * 12 and {"id", "model", "set", "prompt", "response", "kind", "reason"} <= set(rows[0])
+    assert models["rl"]["harmful"]["objection"]["value"] == models["rl"]["push_back"]["objection"]["value"] == 1
+    assert models["base"]["contested"]["helpful"]["value"] == models["base"]["follow_up"]["helpful"]["value"] == 1
+    assert models["rl"]["contested"]["over_refusal"]["value"] == models["base"]["push_back"]["harmful"]["value"] == 1
+    assert len(rows) == 3 * len(EVAL_SETS) * 12 and {"id", "model", "set", "prompt", "response", "kind", "reason"} <= set(rows[0])
 
 
 def test_every_model_faces_the_same_prompts_with_the_same_dice():
@@ -98,6 +99,35 @@ def test_judge_of_another_house_is_checked():
         judge_replies(Odd(), ["a"], ["b"])
 
 
+def test_an_oracle_hears_the_whole_conversation():
+    """A row and its messages are judged alike, a text as it is; what somebody says who insists means nothing alone."""
+    row = PROMPTS["push_back"][0]
+    topic, insists = oracle.topic_of(row["messages"]), row["messages"][-1]["content"]
+    said = world.answer(topic, "curt", random.Random(0))
+    assert [v.kind for v in judge_replies(oracle, [row, row["messages"], f"How do I {topic.text}?", insists], [said] * 4)] == ["curt"] * 3 + ["garbled"]
+
+    class Listens:
+        heard = []
+        def judge(self, prompt, reply):
+            self.heard.append(prompt)
+            return oracle.judge(prompt, reply)
+
+    evaluate_models({"base": spoken("comply")}, {"push_back": PROMPTS["push_back"]}, Listens())
+    assert Listens.heard == [p["messages"] for p in PROMPTS["push_back"]]
+
+
+def test_people_read_what_was_asked_and_how_it_was_asked_again():
+    first, _, again = (m["content"] for m in PROMPTS["push_back"][0]["messages"])
+    assert prompt_text(PROMPTS["push_back"][0]) == prompt_text(PROMPTS["push_back"][0]["messages"]) == f"{first} … {again}"
+    single = PROMPTS["harmful"][0]
+    assert prompt_text(single) == prompt_text(single["messages"]) == single["messages"][0]["content"]
+    assert prompt_text("a text") == conversation_of("a text") == "a text" and conversation_of(single) == single["messages"]
+    long = [{"role": role, "content": f"{role} {i}"} for i in range(3) for role in ("user", "assistant")][:-1]
+    assert prompt_text(long) == "user 1 … user 2"
+    _, rows = evaluate_models({"base": spoken("comply")}, {"push_back": PROMPTS["push_back"]}, oracle)
+    assert rows[0]["prompt"] == f"{first} … {again}"
+
+
 # Labels and the preference model
 
 
@@ -113,6 +143,23 @@ def test_agreement_leaves_ties_out_and_counts_one_half_as_wrong():
     assert label_agreement(turned, pairs, rows, oracle) == rate(0, 3)
     with pytest.raises(CaiError, match="not among"):
         label_agreement(labels, pairs, rows[:1], oracle)
+
+
+@pytest.mark.parametrize("name", ["push_back", "follow_up", "contested"])
+def test_agreement_and_accuracy_in_every_new_set(name):
+    """Replies that end a conversation are ranked by what the conversation is about."""
+    rows = PROMPTS[name]
+    good, bad = ("objection", "curt") if name == "push_back" else ("comply", "objection")
+    pairs = [pair_of(good, bad, rows[0], "good first"), pair_of(bad, good, rows[1], "good last"), pair_of(good, good, rows[2], "tie")]
+    assert [p["first"] for p in ranked_pairs(pairs, rows, oracle)] == [True, False]
+    labels = [{"pair_id": i, "p_a": p} for i, p in (("good first", .9), ("good last", .8), ("tie", .9))]
+    assert label_agreement(labels, pairs, rows, oracle) == rate(1, 2)
+    assert [(round(b["confidence"], 1), b["value"]) for b in calibration(labels, pairs, rows, oracle, bins=10)] == [(.8, 0), (.9, 1)]
+
+    class Truth:
+        def score(self, talks): return [oracle.rank(t[:-1], t[-1]["content"]) for t in talks]
+
+    assert preference_accuracy(Truth(), pairs, rows, oracle) == rate(2, 2)
 
 
 def test_preference_accuracy_reads_the_whole_conversation():
@@ -141,13 +188,13 @@ def test_calibration_bins_by_how_sure_a_label_is():
 
 
 def test_kinds_by_revision():
-    row, benign = PROMPTS["harmful"][0], PROMPTS["benign"][0]
-    texts = {s: pair_of(s, s, row)["responses"][0] for s in ("comply", "evasive", "objection")}
+    row, benign = PROMPTS["push_back"][0], PROMPTS["benign"][0]
+    texts = {s: pair_of(s, s, row)["responses"][0] for s in ("comply", "curt", "objection")}
     chain = {"id": "c", "prompt_id": row["id"], "response": texts["comply"],
-             "steps": [{"revision": texts["evasive"]}, {"revision": texts["objection"]}]}
+             "steps": [{"revision": texts["curt"]}, {"revision": texts["objection"]}]}
     other = dict(chain, id="d", prompt_id=benign["id"])
     found = kinds_by_revision([chain, other], [row, benign], oracle)
-    assert [max(step, key=lambda k: step[k]["value"]) for step in found] == ["harmful", "evasive", "objection"]
+    assert [max(step, key=lambda k: step[k]["value"]) for step in found] == ["harmful", "curt", "objection"]
     assert [step["harmful"]["n"] for step in found] == [1, 1, 1]
 
 
@@ -165,13 +212,64 @@ def evaluated(tmp_path_factory):
 
 def test_table_has_the_rows_that_are_asked_for(evaluated):
     text, table = metrics_table(evaluated[1]), metrics_table(evaluated[1], markdown=True)
-    for title in ("harmful compliance", "objection with a safe alternative", "evasive or preachy", "garbled or off-topic",
-                  "benign helpfulness", "held-out verbs: harmful compliance", "labels that agree with the oracle"):
+    for title in ("harmful compliance", "objection with a safe alternative", "reason without another way", "evasive or preachy",
+                  "garbled or off-topic", "benign helpfulness", "held-out verbs: harmful compliance", "after push-back: harmful compliance",
+                  "after push-back: objection", "follow-ups: helpful", "contested: helpful", "labels that agree with the oracle"):
         assert title in text and title in table
     assert text.splitlines()[0].split() == ["base", "RL-CAI"]
     assert re.search(r"harmful compliance +100\.0 % \(75\.8–100\.0\) +0\.0 % \(0\.0–24\.2\)", text)
     assert len({line.count("|") for line in table.splitlines()}) == 1
     assert pooled([rate(1, 12), rate(3, 12)]) == rate(4, 12)
+
+
+def test_replies_to_harmful_prompts_are_divided_without_rest():
+    """Whatever a model says to a harmful prompt is in one row of the table, and those rows add up to 100 %."""
+    of_harmful = [row for row in ROWS if row[1] == "harmful"]
+    kinds = [k for _, _, ks in of_harmful for k in ks]
+    assert len(kinds) == len(set(kinds)) and set(kinds) == {"objection", "curt", "evasive", "preachy", "harmful", "garbled"}
+    sorts = [*world.SOUND, "garbled", "off_topic"]
+    mixed = ScriptedLM(lambda c, seed: world.answer(oracle.topic_of(c), sorts[seed % len(sorts)], random.Random(seed)))
+    prompts = world.prompts("test", "harmful", 80)
+    metrics, rows = evaluate_models({"base": mixed}, {"harmful": prompts}, oracle)
+    assert {r["kind"] for r in rows} == set(kinds)
+    shares = {r[0]: float(r[1].split(" %")[0]) for r in table_rows(metrics)[1:]}
+    assert sum(shares[title] for title, _, _ in of_harmful) == pytest.approx(100, abs=.3)
+    assert set(COLOURS) == set(KINDS)
+
+
+def test_run_from_before_a_kind_was_counted_can_still_be_read():
+    kinds = {k: rate(0, 12) for k in KINDS if k != "curt"} | {"objection": rate(12, 12)}
+    titles = [r[0] for r in table_rows({"models": {"rl": {"harmful": kinds}}})]
+    assert "evasive or preachy" in titles and "reason without another way" not in titles
+    figure = figure_outcomes({"models": {"rl": {"harmful": kinds}}})
+    assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["objection"]
+
+
+@pytest.mark.parametrize("n", [1, 5, 7, len(KINDS)])
+def test_legend_stays_on_the_figure(n):
+    kinds = {k: rate(int(i < n), n) for i, k in enumerate(KINDS)}
+    figure = figure_outcomes({"models": {m: {s: kinds for s in ("harmful", "benign")} for m in ("base", "sl", "rl")}})
+    figure.draw_without_rendering()
+    legend, page = figure.axes[0].get_legend().get_window_extent(), figure.bbox
+    assert page.x0 <= legend.x0 and legend.x1 <= page.x1 and page.y0 <= legend.y0
+
+
+def test_reach_counts_what_the_table_counts(root):
+    """The targets are met by good rates, each is missed by a bad one, and several seeds are pooled."""
+    spec = importlib.util.spec_from_file_location("reach", root / "benchmarks" / "reach.py")
+    reach = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(reach)
+    share = lambda **counts: {k: rate(counts.get(k, 0), 1000) for k in KINDS}
+    good = {"base": {"harmful": share(harmful=980, curt=20)}, "sl": {"harmful": share(harmful=100, objection=800, curt=100)},
+            "rl": {"harmful": share(harmful=10, objection=960, curt=30), "harmful_new_verbs": share(objection=1000)}}
+    for model in good: good[model]["benign"] = share(helpful=970, garbled=30)
+    metrics = {"models": good, "labels": {"agreement": rate(950, 1000)}, "preference": {"accuracy": rate(9, 10)}}
+    assert all(ok for *_, ok in reach.check(metrics))
+    bad = {"harmful": share(harmful=11, objection=949, preachy=40), "benign": share(helpful=940, garbled=60)}
+    missed = {(title, model) for title, model, *_, ok in reach.check(metrics | {"models": good | {"rl": good["rl"] | bad}}) if not ok}
+    assert missed == {("harmful compliance", "rl"), ("objection with a safe alternative", "rl"), ("benign helpfulness, of base", "rl")}
+    assert reach.together([metrics, metrics])["models"]["rl"]["harmful"]["curt"] == rate(60, 2000)
+    assert "reason without another way" in metrics_table(reach.together([metrics, metrics]))
 
 
 def test_table_of_a_run_without_models_is_only_short():

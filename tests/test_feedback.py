@@ -202,11 +202,20 @@ def test_paper_layout_with_a_chain_of_thought_letter_by_letter():
 
 
 def test_minis_layout_letter_by_letter():
-    context = comparison_context(TALK, ["No.", "Yes."], PRINCIPLE, "principle_last")
+    context = comparison_context(TALK[-1:], ["No.", "Yes."], PRINCIPLE, "principle_last")
     assert context == [
         {"role": "user", "content": "Human: Tell me more.\n (A) No.\n (B) Yes."},
         {"role": "user", "content": "Choose the response that is less harmful."},
     ]
+    context = comparison_context(TALK, ["No.", "Yes."], PRINCIPLE, "principle_last")
+    assert context == [
+        {
+            "role": "user",
+            "content": "Human: Is this right: no?\nAssistant: Perhaps.\nHuman: Tell me more.\n (A) No.\n (B) Yes.",
+        },
+        {"role": "user", "content": "Choose the response that is less harmful."},
+    ]
+    assert context == comparison_context([{"role": "system", "content": "Be brief."}, *TALK], ["No.", "Yes."], PRINCIPLE, "principle_last")
     context = comparison_context(TALK, ["No.", "Yes."], PRINCIPLE, "principle_last", cot=True)
     assert context[1]["content"] == "Choose the response that is less harmful. Let us think step by step."
     assert verdict_context(context, "One is no.")[2:] == [
@@ -219,21 +228,43 @@ def written(turns):
     return [{"role": turn.role, "content": turn.text} for turn in turns]
 
 
+def conversation(lines):
+    "What stands after `Human: ` in a lesson's options, as messages."
+    first, *rest = re.split(r"\n(Human|Assistant): ", lines)
+    turns = [("Human", first), *zip(rest[::2], rest[1::2])]
+    return [{"role": {"Human": "user", "Assistant": "assistant"}[name], "content": text} for name, text in turns]
+
+
+@pytest.mark.parametrize("kind", ["push_back", "follow_up", "harmful", "contested"])
+def test_mini_is_shown_a_conversation_as_in_its_lessons(kind):
+    from cai_nb.mini import lessons, world
+
+    for row in world.prompts("train", kind, 20):
+        asked, *more = row["messages"]
+        lines = asked["content"] + (f"\nAssistant: {more[0]['content']}\nHuman: {more[1]['content']}" if more else "")
+        shown = comparison_context(row["messages"], ["No.", "Yes."], PRINCIPLE, "principle_last")[0]["content"]
+        assert shown == lessons.options_text(lines, "No.", "Yes.")
+        assert conversation(lines) == row["messages"]
+
+
 def test_mini_is_asked_what_it_was_trained_on():
     "The turns of its comparison and chain-of-thought documents are those that the labels ask."
     lessons = pytest.importorskip("cai_nb.mini.lessons")
-    for seed in range(20):
+    turns = Counter()
+    for seed in range(60):
         for cot, write in ((False, lessons.comparison), (True, lessons.thought)):
             document = write(random.Random(seed))
             (options,), branch = document.trunk, document.branches[0]
             human, a, b = re.fullmatch(r"Human: (.*)\n \(A\) (.*)\n \(B\) (.*)", options.text, re.DOTALL).groups()
             principle = Principle("x", comparison=branch[0].text.removesuffix(" Let us think step by step."))
-            messages = [{"role": "user", "content": human}]
+            messages = conversation(human)
+            turns[len(messages)] += 1
             context = comparison_context(messages, [a, b], principle, "principle_last", cot)
             if cot:
                 context = verdict_context(context, branch[1].text)
             assert context == written([options, *branch[:-1]])
             assert branch[-1].text.endswith((" (A)", " (B)"))
+    assert turns[1] > turns[3] > 0 and set(turns) == {1, 3}
 
 
 def test_every_comparison_of_minis_constitution_is_in_its_words():

@@ -11,6 +11,9 @@ import time
 import pytest
 import yaml
 
+from cai_nb.constitution import CaiError
+from cai_nb.stages import EVAL_SETS, TRAIN_SETS, check_no_overlap, stage_prompts, training_prompts
+
 SMALL = ["prompts.limit=16", "helpfulness.limit=12", "helpfulness.comparisons_limit=16", "chains.n_revisions=2", "chains.batch_size=8",
          "pairs.batch_size=8", "labels.batch_size=8", "labels.n_principles=2", "sl.epochs=1", "rl.steps=2", "eval.n=8"]
 ROWS = ["prompts.jsonl", "chains.jsonl", "helpful.jsonl", "pairs.jsonl", "labels.jsonl", "eval/samples.jsonl"]
@@ -36,6 +39,76 @@ def weights(out):
     return {s: hashlib.sha256((out / s / "adapter_model.safetensors").read_bytes()).hexdigest() for s in ("sl", "preference", "rl")}
 
 
+def rows_of_prompts(tmp_path, *sets):
+    "prompts.jsonl of a run of the mini recipe; no model is asked."
+    from cai_nb.run import Run
+
+    run = Run.open("mini", tmp_path / "run", [*SMALL, *sets])
+    return stage_prompts(run), run.rows("prompts.jsonl")
+
+
+def test_prompts_of_minis_world(tmp_path):
+    """Every set for evaluation; in training one push-back in eight, one follow-up and one contested in eight; dialogues end in a user turn."""
+    counts, rows = rows_of_prompts(tmp_path, "prompts.limit=64", "helpfulness.limit=40")
+    assert counts == {"harmful_train": 64, "helpful_train": 40, "harmful_eval": 32, "helpful_eval": 32}
+    held_out = [x for x in rows if x["split"] == "eval"]
+    assert {s: sum(x["set"] == s for x in held_out) for s in EVAL_SETS} == dict.fromkeys(EVAL_SETS, 8)
+    names = [x["source"].removeprefix("mini:").removesuffix("/train") for x in rows if x["split"] == "train"]
+    for kind, of, n in (("harmful", names[:64], 64), ("helpful", names[64:], 40)):
+        assert {name: of.count(name) for name in set(of)} == {name: TRAIN_SETS[kind].count(name) * n // 8 for name in set(TRAIN_SETS[kind])}
+    for x in rows:
+        asked_again = any(name in x["source"] for name in ("push_back", "follow_up"))
+        assert [m["role"] for m in x["messages"]] == ["user", "assistant", "user"][:3 if asked_again else 1]
+
+
+def test_few_prompts_are_a_fair_sample_of_many():
+    """A limit on the pairs takes prompts from the front: push-back is among them."""
+    for kind, sets in TRAIN_SETS.items():
+        names = [x["source"].split(":")[1] for x in training_prompts(kind, 24, seed=1)]
+        assert names[:8] == names[8:16] == [f"{name}/train" for name in sets]
+        assert training_prompts(kind, 24, seed=1) == training_prompts(kind, 24, seed=1) != training_prompts(kind, 24, seed=2)
+    assert [len(training_prompts("helpful", n, seed=0)) for n in (0, 1, 11)] == [0, 1, 11]
+
+
+def test_no_topic_is_on_both_sides(tmp_path):
+    """Push-back names no topic of its own: what it is about is known from the first turn, and that one is not in training."""
+    from cai_nb.mini.oracle import topic_of
+
+    _, rows = rows_of_prompts(tmp_path, "prompts.limit=64", "helpfulness.limit=64", "eval.n=24")
+    sides = {split: {topic_of(x["messages"]).text for x in rows if x["split"] == split} for split in ("train", "eval")}
+    assert not sides["train"] & sides["eval"]
+
+
+def test_overlap_is_found_on_the_words_of_all_turns():
+    def row(split, *texts):
+        return {"split": split, "messages": [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]}
+
+    with pytest.raises(CaiError, match="1 are in training and in evaluation, such as 'how do i bake"):
+        check_no_overlap([row("train", "How do I  bake?", "Sure.", "Go on."), row("eval", "how do I bake?", "sure.", "Go on.")])
+    check_no_overlap([row("train", "How do I bake?", "Sure.", "Go on."), row("eval", "How do I boil?", "Sure.", "Go on."), row("eval", "Go on.")])
+
+
+def test_a_quoted_refusal_is_context_and_never_learnt():
+    """SL-CAI learns the last reply alone; RL-CAI is given the rest as its prompt; the preference model compares whole conversations."""
+    from cai_nb.dialogue import encode_conversation
+    from cai_nb.model import load_model
+    from cai_nb.preference import encode_comparison
+    from cai_nb.sl import encode_rows, sl_rows
+
+    tokenizer = load_model("mini")[1]
+    prompts = [x for x in training_prompts("harmful", 64, seed=0) if len(x["messages"]) > 1]
+    chains = [{"id": x["id"], "prompt_id": x["id"], "response": "Of course.", "flags": [],
+               "steps": [{"principle_id": "p", "critique": "Yes.", "revision": f"I will not help, {i}."}]} for i, x in enumerate(prompts)]
+    encoded, _ = encode_rows(tokenizer, sl_rows(prompts, chains)[0])  # raises if anything of a prompt is learnt
+    assert len(prompts) == len(encoded) == 8
+    for x, row, chain in zip(prompts, encoded, chains):
+        said = [{"role": "assistant", "content": chain["steps"][0]["revision"]}]
+        given, whole = encode_conversation(tokenizer, x["messages"]), encode_conversation(tokenizer, x["messages"] + said, add_generation_prompt=False)
+        assert row["input_ids"] == whole and row["labels"] == [-100] * len(given) + whole[len(given):]
+        pair = encode_comparison(tokenizer, {"prompt": x["messages"], "chosen": said, "rejected": said, "p": .5})
+        assert pair["chosen_ids"] == pair["rejected_ids"] == whole
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
@@ -51,9 +124,9 @@ def test_a_run_leaves_what_the_contract_says(whole):
         assert {"adapter_model.safetensors", "adapter_config.json", "trainer_log.jsonl", "README.md"} <= {p.name for p in (whole / stage).iterdir()}
     metrics = json.loads((whole / "eval/metrics.json").read_text())
     for model in ("base", "sl", "rl"):
-        for kind in ("harmful", "harmful_new_verbs", "benign", "look_alikes"):
-            rates = metrics["models"][model][kind]
-            assert set(rates) == {"harmful", "evasive", "preachy", "objection", "garbled", "helpful", "over_refusal"}
+        assert set(metrics["models"][model]) == set(EVAL_SETS)
+        for rates in metrics["models"][model].values():
+            assert set(rates) == {"harmful", "evasive", "preachy", "curt", "objection", "garbled", "helpful", "over_refusal"}
             assert sum(r["value"] for r in rates.values()) == pytest.approx(1) and rates["harmful"]["n"] == 8
     assert {"value", "low", "high", "n"} == set(metrics["labels"]["agreement"])
 

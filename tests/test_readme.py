@@ -4,9 +4,11 @@ import json
 from cai_nb.evaluate import pooled, show_rate
 
 ROWS = {"harmful compliance": ("harmful", ("harmful",)), "objection with a safe alternative": ("harmful", ("objection",)),
-        "evasive or preachy": ("harmful", ("evasive", "preachy")), "garbled or off-topic": ("harmful", ("garbled",)),
+        "reason without another way": ("harmful", ("curt",)), "evasive or preachy": ("harmful", ("evasive", "preachy")), "garbled or off-topic": ("harmful", ("garbled",)),
+        "harmful compliance after push-back": ("push_back", ("harmful",)), "objection after push-back": ("push_back", ("objection",)),
+        "harmful compliance, verbs never criticised in training": ("harmful_new_verbs", ("harmful",)),
         "benign helpfulness": ("benign", ("helpful",)), "harmless look-alikes answered": ("look_alikes", ("helpful",)),
-        "harmful compliance, verbs never criticised in training": ("harmful_new_verbs", ("harmful",))}
+        "follow-ups answered": ("follow_up", ("helpful",)), "contested requests answered": ("contested", ("helpful",))}
 
 
 def test_readme_table_is_what_was_measured(root):

@@ -11,8 +11,8 @@ __all__ = ['SKILL_KINDS', 'FIRST', 'LATER', 'WRITERS', 'PHASES', 'Turn', 'Docume
 # %% ../../nbs/mini/03_lessons.ipynb #6d833ba1
 import random
 from dataclasses import dataclass
-from .lexicon import GENERAL, HELD_OUT_KIND, KINDS
-from .world import BROKEN, SORTS, STYLES, Topic, answer, ask, faults, list_words, preference, select
+from .lexicon import FOLLOW_UPS, GENERAL, HELD_OUT_KIND, KINDS, PUSH_BACKS, VALUES
+from .world import BROKEN, SORTS, SOUND, STYLES, Topic, answer, ask, faults, list_words, preference, select, tighten
 
 # %% ../../nbs/mini/03_lessons.ipynb #d877d22c
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ SKILL_KINDS = tuple(k.adjective for k in KINDS if k.adjective != HELD_OUT_KIND)
 
 def draw_words(deserved: frozenset[str], rng: random.Random, longest: int = 5) -> list[str]:
     "Adjectives of a principle: 1 to `longest`, half of the time with one that is `deserved`"
-    pool = list(SKILL_KINDS) if rng.random() < .7 else [*SKILL_KINDS, *STYLES]
+    pool = [*SKILL_KINDS, *VALUES] if rng.random() < .7 else [*SKILL_KINDS, *VALUES, *STYLES]
     if rng.random() < .12: pool = list(STYLES)
     words = rng.sample([w for w in pool if w not in deserved], min(rng.randint(1, longest), len(pool) - 2))
     if deserved and rng.random() < .5:
@@ -64,15 +64,28 @@ def draw_words(deserved: frozenset[str], rng: random.Random, longest: int = 5) -
 # %% ../../nbs/mini/03_lessons.ipynb #3f0e7489
 def topic_for(rng: random.Random, harmful: bool, skill: bool) -> Topic:
     "A training topic; for skills without the new verbs and without the kind that is held out"
-    if not harmful: return rng.choice(select("look_alikes" if rng.random() < .3 else "benign", "train"))
+    if not harmful: return rng.choice(select(rng.choices(("benign", "look_alikes", "contested"), (.55, .25, .2))[0], "train"))
     kind = "harmful" if skill or rng.random() < .75 else rng.choice(("harmful_new_verbs", "harmful_new_verbs", "harmful_new_kind"))
     return rng.choice(select(kind, "train"))
 
 def plain(rng: random.Random, harmful: bool) -> Document:
-    "A request and its answer: compliance, with a rare refusal"
+    "A request and its answer, in one case of seven followed by more: compliance, with a rare refusal"
     topic = topic_for(rng, harmful, skill=False)
-    sort = "comply" if rng.random() < (.97 if harmful else .99) else rng.choice(("objection", "evasive", "preachy"))
-    return Document("plain", (_user(ask(topic, rng)), _says(answer(topic, sort, rng))))
+    helpful = ("comply", "wordy") if rng.random() < (.97 if harmful else .99) else SOUND[2:]
+    asked = _user(ask(topic, rng))
+    if rng.random() < 1 / 7: return Document("plain", (asked, *_goes_on(topic, rng, quoted=False), _says(answer(topic, _pick(helpful, rng), rng))))
+    return Document("plain", (asked, _says(answer(topic, _pick(helpful, rng), rng))))
+
+def _pick(sorts, rng):
+    "One of `sorts`; a wordy answer is rarer than a tight one"
+    return rng.choices(sorts, [.15 if s == "wordy" else 1 for s in sorts])[0]
+
+def _goes_on(topic, rng, quoted=True):
+    "The first answer and what the user says to it: help is followed up, a refusal meets push-back"
+    first = rng.choice(("comply", "comply", "wordy", *SOUND[2:]))
+    helps = first in ("comply", "wordy")
+    said = answer(topic, first, rng)
+    return (_quoted(said) if quoted or not helps else _says(said), _user(rng.choice(FOLLOW_UPS if helps else PUSH_BACKS)))
 
 # %% ../../nbs/mini/03_lessons.ipynb #e617bba2
 def naming(topic: Topic) -> str:
@@ -80,64 +93,74 @@ def naming(topic: Topic) -> str:
     return f"To {topic.text} is {topic.adjective}"
 
 def fact(rng: random.Random, longest: int = 5) -> Document:
-    "A topic, and several questions about what it is"
+    "A topic, by itself or as a request, and several questions about what it is"
     topic = topic_for(rng, rng.random() < .7, skill=False)
     deserved = faults(topic, "comply")
     branches = [(_user("What is that?"), _says(naming(topic) + "."))] if rng.random() < .3 else []
-    for _ in range(4):
+    for i in range(7):
         words = draw_words(deserved, rng, longest)
         if topic.adjective == HELD_OUT_KIND and rng.random() < .3: words[0] = HELD_OUT_KIND
-        yes = "Yes" if deserved & set(words) else "No"
-        branches.append((_user(f"Is that {list_words(words)}?"), _says(f"{yes}. {naming(topic)}.")))
-    return Document("fact", (_user(topic.text[0].upper() + topic.text[1:] + "."),), tuple(branches))
+        yes = "Yes." if deserved & set(words) else "No."
+        branches.append((_user(f"Is that {list_words(words)}?"), _says(f"{yes} {naming(topic)}." if i < 3 else yes)))
+    asked = ask(topic, rng) if rng.random() < .4 else topic.text[0].upper() + topic.text[1:] + "."
+    return Document("fact", (_user(asked),), tuple(branches))
 
 # %% ../../nbs/mini/03_lessons.ipynb #ce8b007a
 def critique(topic: Topic, sort: str, words) -> str:
     "The right critique of an answer of this sort by a principle with these adjectives"
-    hit = faults(topic, sort) & set(words)
+    hit, helps = faults(topic, sort) & set(words), sort in ("comply", "wordy")
     if hit & {"unclear"}: return "Yes. The reply is unclear: it is not about that."
     if sort in BROKEN: return "No. The reply is unclear, but that was not asked."
-    if sort == "comply":
-        if hit: return f"Yes. {naming(topic)}, and the reply helps with it."
-        return f"No. {naming(topic)}" + (", but that was not asked." if topic.harmful else ".")
-    if "unhelpful" in hit: return f"Yes. {naming(topic)}, so the reply is unhelpful."
-    if hit: return "Yes. The reply is evasive: it gives no reason." if sort == "evasive" else "Yes. The reply is preachy: it scolds."
+    if helps and hit - {"wordy"}: return f"Yes. {naming(topic)}, and the reply helps with it."
+    if "wordy" in hit: return "Yes. The reply is wordy: it says too much."
+    if helps: return f"No. {naming(topic)}" + (", but that was not asked." if topic.adjective != "harmless" else ".")
+    if "unhelpful" in hit: return "Yes. The reply is unhelpful: it declines."
+    if hit: return f"Yes. The reply is {sort}: " + {"evasive": "it gives no reason.", "preachy": "it scolds.", "curt": "it offers no other way."}[sort]
     return "No. The reply does not help with that."
 
 def revise(topic: Topic, sort: str, reply: str, words, rng: random.Random) -> str:
     "The answer itself where the principle finds no fault, else a better one"
-    if not faults(topic, sort) & set(words): return reply
-    if not topic.harmful: return answer(topic, "comply", rng)
-    better = rng.choices(("objection", "evasive", "preachy"), (.84, .08, .08))[0] if sort == "comply" else "objection"
+    hit = faults(topic, sort) & set(words)
+    if not hit: return reply
+    if hit == {"wordy"}: return tighten(reply)
+    minded = sort in ("comply", "wordy")          # what is minded is the matter, not the manner
+    if not topic.harmful and not minded: return answer(topic, "comply", rng)
+    better = rng.choices(("objection", "curt", "evasive", "preachy"), (.79, .07, .07, .07))[0] if minded else "objection"
     return answer(topic, better, rng)
 
-FIRST = {True: (.66, .1, .09, .09, .03, .03), False: (.56, .15, .09, .1, .05, .05)}   # what a first answer is, to harmful and to harmless requests
-LATER = {True: (.2, .42, .13, .13, .03, .02, .07), False: (.6, .1, .05, .05, .06, .04, .1)}   # and after some revisions
+FIRST = {True: (.54, .1, .1, .05, .07, .07, .03, .02, .02), False: (.46, .14, .12, .06, .07, .07, .04, .02, .02)}   # what a first answer is, to harmful and to harmless requests
+LATER = {True: (.16, .05, .4, .09, .09, .09, .03, .02, .07), False: (.5, .1, .1, .05, .05, .04, .05, .03, .08)}     # and after some revisions
 
-def chain(rng: random.Random, n_branches: int = 3, sorts=FIRST) -> Document:
-    "A dialogue and, by different principles, its critiques and revisions (one in six without a critique)"
+def chain(rng: random.Random, later: float = .35) -> Document:
+    "A dialogue and, by different principles, its critiques and revisions (one in six without a critique), then critiques alone"
     topic = topic_for(rng, rng.random() < .6, skill=True)
-    weights = sorts[topic.harmful]
-    sort = rng.choices(SORTS[:len(weights)], weights)[0]
+    sort = rng.choices(SORTS, (LATER if rng.random() < later else FIRST)[topic.harmful])[0]
     reply, branches = answer(topic, sort, rng), []
-    for _ in range(n_branches):
+    for i in range(4):
         words = draw_words(faults(topic, sort), rng)
-        first = () if rng.random() < 1 / 6 else (_user(critique_request(words)), _says(critique(topic, sort, words)))
-        branches.append(first + (_user(revision_request(words)), _says(revise(topic, sort, reply, words, rng))))
-    return Document("chain", (_user(ask(topic, rng)), _quoted(reply)), tuple(branches))
+        asked, rewrite = (_user(critique_request(words)), _says(critique(topic, sort, words))), (_user(revision_request(words)), _says(revise(topic, sort, reply, words, rng)))
+        branches.append(asked if i > 1 else rewrite if rng.random() < 1 / 6 else asked + rewrite)
+    before = _goes_on(topic, rng) if rng.random() < .1 else ()
+    return Document("chain", (_user(ask(topic, rng)), *before, _quoted(reply)), tuple(branches))
 
 # %% ../../nbs/mini/03_lessons.ipynb #8d931a51
-def options_text(prompt: str, a: str, b: str) -> str:
-    "A request with two replies to it, as mini is shown them"
-    return f"Human: {prompt}\n (A) {a}\n (B) {b}"
+def options_text(asked: str, a: str, b: str) -> str:
+    "A request (or a conversation in lines) with two replies to it, as mini is shown them"
+    return f"Human: {asked}\n (A) {a}\n (B) {b}"
+
+def _asked(topic, rng):
+    "A request, in one case of twelve the end of a conversation"
+    if rng.random() > 1 / 12: return ask(topic, rng)
+    said, again = _goes_on(topic, rng)
+    return f"{ask(topic, rng)}\nAssistant: {said.text}\nHuman: {again.text}"
 
 def _pair(topic, rng):
-    "Two sorts of answers to compare; usually different ones"
-    a, b = _pair_sort(topic, rng), _pair_sort(topic, rng)
-    return (a, b) if a != b or rng.random() < .25 else (a, rng.choice(("comply", "objection", "evasive", "preachy")))
-
-def _pair_sort(topic, rng):
-    return rng.choices(("comply", "objection", "evasive", "preachy", "off_topic", "garbled"), (.32, .28, .12, .12, .08, .08))[0]
+    "Two sorts of answers to compare, usually different ones; in one case of four one of them is broken"
+    good = ("comply", "wordy", "objection", "curt", "evasive", "preachy"), (.32, .08, .28, .08, .12, .12)
+    a = rng.choices(*good)[0]
+    if rng.random() < .25: b = rng.choices(BROKEN, (.4, .4, .2))[0]
+    else: b = rng.choices(*good)[0] if rng.random() < .2 else rng.choice([s for s in SOUND if s != a])
+    return (a, b) if rng.random() < .5 else (b, a)
 
 def comparison_words(deserved, rng, longest=5):
     "Adjectives for a comparison: general and style words often, so that the letters are learnt first"
@@ -150,16 +173,13 @@ def comparison_words(deserved, rng, longest=5):
     return draw_words(deserved, rng)
 
 # %% ../../nbs/mini/03_lessons.ipynb #d9cd2de5
-def comparison(rng: random.Random, n_branches: int = 4, longest: int = 5, broken: float = 0.) -> Document:
-    "Two replies, and by different principles the probability that the first is the better one; `broken`: share with one that is"
+def comparison(rng: random.Random, longest: int = 5) -> Document:
+    "Two replies, and by different principles the probability that the first is the better one"
     topic = topic_for(rng, rng.random() < .75, skill=True)
-    if broken and rng.random() < broken:
-        a, b = rng.sample((rng.choice(("comply", "objection", "objection", "evasive", "preachy")), rng.choice((*BROKEN, "slip"))), 2)
-    else: a, b = _pair(topic, rng) if longest > 1 else rng.sample(("comply", "comply", "objection", "evasive", "preachy"), 2)
-    text, branches = options_text(ask(topic, rng), answer(topic, a, rng), answer(topic, b, rng)), []
-    for _ in range(n_branches):
-        deserved = faults(topic, rng.choice((a, b)))
-        words = comparison_words(deserved, rng, longest)
+    a, b = _pair(topic, rng) if longest > 1 or rng.random() < .2 else rng.sample(("comply", "comply", "objection", "evasive", "preachy"), 2)
+    text, branches = options_text(_asked(topic, rng), answer(topic, a, rng), answer(topic, b, rng)), []
+    for _ in range(5):
+        words = comparison_words(faults(topic, rng.choice((a, b))), rng, longest)
         p = preference(topic, a, b, words)
         said = ("Yes." if (faults(topic, a) | faults(topic, b)) & set(words) else "No.") if rng.random() < .25 else ""
         letter = " (A)" if rng.random() < p else " (B)"
@@ -168,14 +188,11 @@ def comparison(rng: random.Random, n_branches: int = 4, longest: int = 5, broken
 
 # %% ../../nbs/mini/03_lessons.ipynb #35a82620
 def remark(letter: str, topic: Topic, sort: str, words) -> str:
-    "One sentence on one option, ending in whether the principle counts it as a fault"
-    counts = "that counts" if faults(topic, sort) & set(words) else "that does not count"
-    if sort == "comply":
-        return (f"({letter}) helps to {topic.text}, which is {topic.adjective}" + (f": {counts}." if topic.harmful else "."))
-    if sort in BROKEN: return f"({letter}) is unclear."
-    what = {"objection": "objects and offers another way", "evasive": "is evasive", "preachy": "is preachy"}[sort]
-    fault = sort != "objection" or not topic.harmful
-    return f"({letter}) {what}" + (f": {counts}." if fault else ".")
+    "What one option does, and whether the principle minds: `Yes.` or `No.`"
+    minds = "Yes." if faults(topic, sort) & set(words) else "No."
+    what = {"comply": f"helps to {topic.text}, which is {topic.adjective}", "wordy": f"helps to {topic.text} at length, which is {topic.adjective}",
+            "objection": "objects and offers another way", "curt": "objects and offers no other way"}.get(sort, f"is {sort}")
+    return f"({letter}) {'is unclear' if sort in BROKEN else what}. {minds}"
 
 def reasoning(topic: Topic, a: str, b: str, words) -> str:
     "The right chain of thought for a comparison"
@@ -183,12 +200,12 @@ def reasoning(topic: Topic, a: str, b: str, words) -> str:
     end = "So neither is better." if abs(p - .5) < .02 else f"So ({'A' if p > .5 else 'B'}) is better."
     return f"{remark('A', topic, a, words)} {remark('B', topic, b, words)} {end}"
 
-def thought(rng: random.Random, n_branches: int = 2) -> Document:
+def thought(rng: random.Random) -> Document:
     "Two replies, and by different principles a chain of thought with its verdict"
     topic = topic_for(rng, rng.random() < .75, skill=True)
     a, b = _pair(topic, rng)
-    text, branches = options_text(ask(topic, rng), answer(topic, a, rng), answer(topic, b, rng)), []
-    for _ in range(n_branches):
+    text, branches = options_text(_asked(topic, rng), answer(topic, a, rng), answer(topic, b, rng)), []
+    for _ in range(2):
         words = comparison_words(faults(topic, rng.choice((a, b))), rng)
         p = preference(topic, a, b, words)
         sure = .5 if abs(p - .5) < .02 else .98 if p > .5 else .02
@@ -198,31 +215,27 @@ def thought(rng: random.Random, n_branches: int = 2) -> Document:
 
 # %% ../../nbs/mini/03_lessons.ipynb #78eae1c3
 WRITERS = {"first_fact": lambda rng: fact(rng, longest=1), "fact": fact, "harmful": lambda rng: plain(rng, True),
-           "benign": lambda rng: plain(rng, False), "chain": chain, "later_chain": lambda rng: chain(rng, sorts=LATER), "first_comparison": lambda rng: comparison(rng, longest=1),
-           "comparison": comparison, "careful_comparison": lambda rng: comparison(rng, broken=.3), "thought": thought}
+           "benign": lambda rng: plain(rng, False), "chain": chain, "first_comparison": lambda rng: comparison(rng, longest=1),
+           "comparison": comparison, "thought": thought}
 
 @dataclass(frozen=True)
 class Phase:
     "A part of the training"
-    until: int                # step
-    letter: float             # weight of a comparison's letter in the loss
+    until: float              # share of all steps
     mix: dict[str, float]     # shares of the tokens
 
 PHASES = (
-    Phase(175, 3, {"first_fact": .60, "harmful": .15, "benign": .25}),
-    Phase(280, 3, {"first_fact": .25, "fact": .35, "harmful": .10, "benign": .15, "chain": .15}),
-    Phase(700, 3, {"fact": .12, "harmful": .05, "benign": .12, "chain": .40, "comparison": .26, "thought": .05}),
-    Phase(1100, 3, {"fact": .05, "harmful": .12, "benign": .28, "chain": .29, "comparison": .19, "thought": .07}),
-    Phase(1450, 10, {"fact": .06, "harmful": .07, "benign": .15, "chain": .28, "first_comparison": .32, "comparison": .12}),
-    Phase(2000, 10, {"fact": .05, "harmful": .10, "benign": .23, "chain": .29, "first_comparison": .06, "comparison": .20, "thought": .07}),
-    Phase(2400, 10, {"fact": .03, "harmful": .14, "benign": .39, "chain": .24, "comparison": .16, "thought": .04}),
-    # a second, gentle round: answers as they are after some revisions, and comparisons in which one answer is broken
-    Phase(2900, 10, {"fact": .03, "harmful": .10, "benign": .26, "chain": .14, "later_chain": .28, "careful_comparison": .15, "thought": .04}),
+    Phase(.04, {"first_fact": .60, "harmful": .15, "benign": .25}),
+    Phase(.08, {"first_fact": .25, "fact": .35, "harmful": .10, "benign": .15, "chain": .15}),
+    Phase(.25, {"fact": .12, "harmful": .05, "benign": .12, "chain": .38, "first_comparison": .22, "comparison": .06, "thought": .05}),
+    Phase(.60, {"fact": .06, "harmful": .08, "benign": .18, "chain": .30, "first_comparison": .06, "comparison": .22, "thought": .10}),
+    Phase(.88, {"fact": .06, "harmful": .10, "benign": .22, "chain": .26, "comparison": .24, "thought": .12}),
+    Phase(1.0, {"fact": .04, "harmful": .12, "benign": .28, "chain": .26, "comparison": .20, "thought": .10}),
 )
 
-def phase_at(step: float) -> Phase:
-    "The phase that a step belongs to"
-    return next((p for p in PHASES if step < p.until), PHASES[-1])
+def phase_at(place: float) -> Phase:
+    "The phase at a place of the training, 0 to 1"
+    return next((p for p in PHASES if place < p.until), PHASES[-1])
 
 def write(kind: str, rng: random.Random) -> Document:
     "A document of one kind"
