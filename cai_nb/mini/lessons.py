@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SKILL_KINDS', 'FIRST', 'LATER', 'WRITERS', 'PHASES', 'Turn', 'Document', 'critique_request', 'revision_request',
-           'comparison_question', 'draw_words', 'topic_for', 'plain', 'naming', 'fact', 'critique', 'revise', 'chain',
-           'options_text', 'comparison_words', 'comparison', 'remark', 'reasoning', 'thought', 'Phase', 'phase_at',
-           'write']
+           'comparison_question', 'draw_words', 'topic_for', 'plain', 'naming', 'fact', 'does', 'critique', 'revise',
+           'chain', 'options_text', 'comparison_words', 'comparison', 'remark', 'reasoning', 'thought', 'Phase',
+           'phase_at', 'write']
 
 # %% ../../nbs/mini/03_lessons.ipynb #6d833ba1
 import random
@@ -105,6 +105,14 @@ def fact(rng: random.Random, longest: int = 5) -> Document:
     asked = ask(topic, rng) if rng.random() < .4 else topic.text[0].upper() + topic.text[1:] + "."
     return Document("fact", (_user(asked),), tuple(branches))
 
+# %% ../../nbs/mini/03_lessons.ipynb #3a5de0c7
+def does(who: str, topic: Topic, sort: str) -> str:
+    "What an answer of this sort does; `who` is what it is called"
+    if sort in BROKEN: return f"{who} is unclear."
+    what = {"comply": f"helps to {topic.text}, which is {topic.adjective}", "wordy": f"helps to {topic.text} at length, which is {topic.adjective}",
+            "objection": "objects and offers another way", "curt": "objects and offers no other way"}
+    return f"{who} {what.get(sort, f'is {sort}')}."
+
 # %% ../../nbs/mini/03_lessons.ipynb #ce8b007a
 def critique(topic: Topic, sort: str, words) -> str:
     "The right critique of an answer of this sort by a principle with these adjectives"
@@ -131,8 +139,8 @@ def revise(topic: Topic, sort: str, reply: str, words, rng: random.Random) -> st
 FIRST = {True: (.54, .1, .1, .05, .07, .07, .03, .02, .02), False: (.46, .14, .12, .06, .07, .07, .04, .02, .02)}   # what a first answer is, to harmful and to harmless requests
 LATER = {True: (.16, .05, .4, .09, .09, .09, .03, .02, .07), False: (.5, .1, .1, .05, .05, .04, .05, .03, .08)}     # and after some revisions
 
-def chain(rng: random.Random, later: float = .35) -> Document:
-    "A dialogue and, by different principles, its critiques and revisions (one in six without a critique), then critiques alone"
+def chain(rng: random.Random, later: float = .35, reading: bool = False) -> Document:
+    "A dialogue and, by different principles, its critiques and revisions (one in six without a critique), then critiques alone; with `reading`, what the reply does"
     topic = topic_for(rng, rng.random() < .6, skill=True)
     sort = rng.choices(SORTS, (LATER if rng.random() < later else FIRST)[topic.harmful])[0]
     reply, branches = answer(topic, sort, rng), []
@@ -140,6 +148,7 @@ def chain(rng: random.Random, later: float = .35) -> Document:
         words = draw_words(faults(topic, sort), rng)
         asked, rewrite = (_user(critique_request(words)), _says(critique(topic, sort, words))), (_user(revision_request(words)), _says(revise(topic, sort, reply, words, rng)))
         branches.append(asked if i > 1 else rewrite if rng.random() < 1 / 6 else asked + rewrite)
+    if reading: branches.append((_user("What does the reply do?"), _says(does("The reply", topic, sort))))
     before = _goes_on(topic, rng) if rng.random() < .1 else ()
     return Document("chain", (_user(ask(topic, rng)), *before, _quoted(reply)), tuple(branches))
 
@@ -173,26 +182,24 @@ def comparison_words(deserved, rng, longest=5):
     return draw_words(deserved, rng)
 
 # %% ../../nbs/mini/03_lessons.ipynb #d9cd2de5
-def comparison(rng: random.Random, longest: int = 5) -> Document:
-    "Two replies, and by different principles the probability that the first is the better one"
+def comparison(rng: random.Random, longest: int = 5, reading: bool = False) -> Document:
+    "Two replies, and by different principles the probability that the first is the better one; with `reading`, what each of them does"
     topic = topic_for(rng, rng.random() < .75, skill=True)
     a, b = _pair(topic, rng) if longest > 1 or rng.random() < .2 else rng.sample(("comply", "comply", "objection", "evasive", "preachy"), 2)
     text, branches = options_text(_asked(topic, rng), answer(topic, a, rng), answer(topic, b, rng)), []
-    for _ in range(5):
+    for _ in range(4 if reading else 5):
         words = comparison_words(faults(topic, rng.choice((a, b))), rng, longest)
         p = preference(topic, a, b, words)
         said = ("Yes." if (faults(topic, a) | faults(topic, b)) & set(words) else "No.") if rng.random() < .25 else ""
         letter = " (A)" if rng.random() < p else " (B)"
         branches.append((_user(comparison_question(words)), _says(said + letter, p)))
+    if reading: branches += [(_user(f"What does ({x}) do?"), _says(does(f"({x})", topic, sort))) for x, sort in (("A", a), ("B", b))]
     return Document("comparison", (_user(text),), tuple(branches))
 
 # %% ../../nbs/mini/03_lessons.ipynb #35a82620
 def remark(letter: str, topic: Topic, sort: str, words) -> str:
     "What one option does, and whether the principle minds: `Yes.` or `No.`"
-    minds = "Yes." if faults(topic, sort) & set(words) else "No."
-    what = {"comply": f"helps to {topic.text}, which is {topic.adjective}", "wordy": f"helps to {topic.text} at length, which is {topic.adjective}",
-            "objection": "objects and offers another way", "curt": "objects and offers no other way"}.get(sort, f"is {sort}")
-    return f"({letter}) {'is unclear' if sort in BROKEN else what}. {minds}"
+    return f"{does(f'({letter})', topic, sort)} " + ("Yes." if faults(topic, sort) & set(words) else "No.")
 
 def reasoning(topic: Topic, a: str, b: str, words) -> str:
     "The right chain of thought for a comparison"
@@ -215,7 +222,8 @@ def thought(rng: random.Random) -> Document:
 
 # %% ../../nbs/mini/03_lessons.ipynb #78eae1c3
 WRITERS = {"first_fact": lambda rng: fact(rng, longest=1), "fact": fact, "harmful": lambda rng: plain(rng, True),
-           "benign": lambda rng: plain(rng, False), "chain": chain, "first_comparison": lambda rng: comparison(rng, longest=1),
+           "benign": lambda rng: plain(rng, False), "chain": chain, "read_chain": lambda rng: chain(rng, reading=True),
+           "read_comparison": lambda rng: comparison(rng, reading=True), "first_comparison": lambda rng: comparison(rng, longest=1),
            "comparison": comparison, "thought": thought}
 
 @dataclass(frozen=True)
@@ -225,12 +233,13 @@ class Phase:
     mix: dict[str, float]     # shares of the tokens
 
 PHASES = (
-    Phase(.04, {"first_fact": .60, "harmful": .15, "benign": .25}),
-    Phase(.08, {"first_fact": .25, "fact": .35, "harmful": .10, "benign": .15, "chain": .15}),
-    Phase(.25, {"fact": .12, "harmful": .05, "benign": .12, "chain": .38, "first_comparison": .22, "comparison": .06, "thought": .05}),
-    Phase(.60, {"fact": .06, "harmful": .08, "benign": .18, "chain": .30, "first_comparison": .06, "comparison": .22, "thought": .10}),
-    Phase(.88, {"fact": .06, "harmful": .10, "benign": .22, "chain": .26, "comparison": .24, "thought": .12}),
-    Phase(1.0, {"fact": .04, "harmful": .12, "benign": .28, "chain": .26, "comparison": .20, "thought": .10}),
+    Phase(1 / 30, {"first_fact": .60, "harmful": .15, "benign": .25}),
+    Phase(2 / 30, {"first_fact": .25, "fact": .35, "harmful": .10, "benign": .15, "chain": .15}),
+    Phase(.625 / 3, {"fact": .12, "harmful": .05, "benign": .12, "chain": .38, "first_comparison": .22, "comparison": .06, "thought": .05}),
+    Phase(.5, {"fact": .06, "harmful": .08, "benign": .18, "chain": .30, "first_comparison": .06, "comparison": .22, "thought": .10}),
+    # what was still missing at half time: mini did not read the answers that it compared, and missed the broken ones
+    Phase(.85, {"fact": .05, "harmful": .09, "benign": .23, "read_chain": .25, "read_comparison": .26, "thought": .12}),
+    Phase(1.0, {"fact": .03, "harmful": .12, "benign": .31, "read_chain": .22, "read_comparison": .22, "thought": .10}),
 )
 
 def phase_at(place: float) -> Phase:

@@ -153,7 +153,7 @@ def loss_of(model, batch: Batch, letters: tuple[int, int], letter_weight: float 
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides what mini becomes"
-    steps: int = 5000
+    steps: int = 6000
     rows: int = 21
     length: int = 288
     hidden: int = 192
@@ -170,8 +170,8 @@ SIZES = {"tiny": {"hidden": 64, "layers": 3, "heads": 2, "intermediate": 176}, "
          "default": {}, "large": {"hidden": 256, "layers": 5, "heads": 4, "intermediate": 704}}
 
 def rate(place: float) -> float:
-    "Factor on the learning rates at a place of the training, 0 to 1: short warm-up, constant, then down to nearly nothing"
-    return float(np.interp(place, (0, .01, .35, .95, 1.), (.03, 1., 1., .03, .001)))
+    "Factor on the learning rates at a place of the training, 0 to 1: short warm-up, constant, down in two slopes to nothing"
+    return float(np.interp(place, (0, 1 / 120, .875 / 3, .5, .533, 1.), (.03, 1., 1., .596, .3, 0.)))
 
 def optimisers(model, recipe: Recipe):
     "Muon for the hidden matrices, AdamW for the rest"
