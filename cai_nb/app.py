@@ -121,7 +121,8 @@ def on_space(models: Models) -> Models:
     "On a Hub Space with ZeroGPU, the models with their work marked for its GPU; elsewhere as they are."
     try: import spaces
     except ImportError: return models
-    return replace(models, lm=Borrowed(models.lm, spaces.GPU))
+    border = models.border and (lambda lm, talks: lm.ask(models.border, talks))
+    return replace(models, lm=Borrowed(models.lm, spaces.GPU), border=border)
 
 
 def serve(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
-from .compare import Models, compare, talks_of
+from .compare import Models, compare, is_unknown, talks_of
 from .constitution import CaiError, Constitution
 from .elo import CHOICES, elo_table, show_elo, vote_from_choice
 from .rows import row_id
@@ -41,6 +41,11 @@ class Ballot:
     def same(self) -> bool:
         "Whether there is nothing to choose: both answers are the same."
         return self.answers[0].strip() == self.answers[1].strip()
+
+    @property
+    def outside(self) -> bool:
+        "Whether there are no answers to vote on: mini did not know what was asked."
+        return is_unknown(dict(zip("ab", self.answers)))
 
 # %% ../nbs/12c_arena.ipynb #78184a7d
 def draw_ballot(
@@ -175,6 +180,7 @@ class Arena:
 
     def open(self, ballot: Ballot) -> str:  # a token
         "Let somebody vote on a ballot that has its answers."
+        if ballot.outside: raise CaiError("There is nothing to vote on: mini did not know what was asked.")
         token, now = secrets.token_urlsafe(16), time.monotonic()
         with self.lock:
             self.ballots[token] = now, ballot

@@ -16,9 +16,9 @@ from .cards import esc, note, said, table
 from .constitution import CaiError
 from .elo import CHOICES, elo_cells
 from cai_nb.site import (
-    AT_ONCE, MODEL, OUTSIDE, QUIET, Site, api, as_message, example_chips, in_line, saved_by_browser, validated,
+    AT_ONCE, MODEL, QUIET, Site, api, as_message, example_chips, in_line, saved_by_browser, validated,
 )
-from .visitor import MAX_CHARS, checked_choice, checked_number, checked_prompt, checked_seed
+from .visitor import MAX_CHARS, OUTSIDE, checked_choice, checked_number, checked_prompt, checked_seed
 
 # %% auto #0
 __all__ = ['KEPT', 'UNKEPT', 'EXPERIMENT', 'BUTTONS', 'SHOW', 'STYLE', 'blind_card', 'ladder', 'standings_html', 'told_of',
@@ -166,15 +166,16 @@ class Events:
         if halted():
             yield {self.page.status: note("Stopped: half an answer cannot be voted on. Ask again."), **self.cards(ballot.answers, "done")}
             return
-        yield {self.page.state: {"token": self.arena.open(ballot)}, self.page.status: note(*self.what_now(ballot)),
+        if ballot.outside:
+            yield {self.page.status: note("There is nothing to vote on. Ask something else."), **self.cards(ballot.answers, "done")}
+            return
+        yield {self.page.state: {"token": self.arena.open(ballot)}, self.page.status: note(self.what_now(ballot)),
                **self.cards(ballot.answers, "done"), **self.voting(True, ballot.same)}
 
-    def what_now(self, ballot: Ballot) -> tuple[str, str]:
+    def what_now(self, ballot: Ballot) -> str:
         "The line of status when both answers are there."
-        if ballot.same: return "Both models answered the very same, so this is a tie, or both are bad. Vote, or ask for two more.", ""
-        if self.site.models.oracle is not None and not self.site.knows(ballot.prompt):
-            return OUTSIDE, "warn"
-        return "Now compare: which answer helps more, and which does less harm?", ""
+        if ballot.same: return "Both models answered the very same, so this is a tie, or both are bad. Vote, or ask for two more."
+        return "Now compare: which answer helps more, and which does less harm?"
 
     def cast(self, state, helpful, harmless):
         "Cast the vote, and say who wrote what; without a folder only the latter."
@@ -238,12 +239,12 @@ def connect(page: SimpleNamespace, events: Events):
 # %% ../nbs/12l_arena_tab.ipynb #7620bc56
 def endpoints(site: Site, arena: Arena):
     "The public endpoints of this tab."
-    def two_answers(prompt: str, seed: int | None = None, temperature: float = 1.0) -> Iterator[dict[str, str]]:
+    def two_answers(prompt: str, seed: int | None = None, temperature: float = 1.0) -> Iterator[dict]:
         "Two answers, names hidden: {ballot, a, b}, streamed; the ballot is empty until both are complete."
         models = site.models
         with as_message(): ballot = draw_ballot(models, site.constitution, checked_prompt(prompt), checked_seed(seed), temperature)
-        for ballot in answer_ballot(models, ballot): yield {"ballot": "", **dict(zip("ab", ballot.answers))}
-        yield {"ballot": arena.open(ballot), **dict(zip("ab", ballot.answers))}
+        for ballot in answer_ballot(models, ballot): yield {"ballot": "", **dict(zip("ab", ballot.answers)), **(OUTSIDE if ballot.outside else {})}
+        if not ballot.outside: yield {"ballot": arena.open(ballot), **dict(zip("ab", ballot.answers))}
 
     def vote(ballot: str, helpful: str | None = None, harmless: str | None = None) -> dict:
         "Vote on a ballot, on one question or on both: “A better”, “B better”, “tie” or “both bad”. Returns who A and B are."

@@ -7,20 +7,21 @@ from __future__ import annotations
 import difflib
 import re
 
+from .compare import UNKNOWN
 from .report import esc, html_table as table  # made there, and found here as well
 
 # %% auto #0
-__all__ = ['CARET', 'VERDICTS', 'ASK_FIRST', 'said', 'note', 'verdict_line', 'marked', 'spark', 'head', 'pane', 'critique_html',
-           'preference_html']
+__all__ = ['CARET', 'VERDICTS', 'ASK_FIRST', 'NOTHING_SAID', 'said', 'note', 'verdict_line', 'marked', 'spark', 'head', 'pane',
+           'critique_html', 'preference_html']
 
 # %% ../nbs/12f_cards.ipynb #56a9c742
 CARET = '<span class="caret" aria-hidden="true"></span>'
 
 
 def said(text: str, state: str = "done", empty: str = "") -> str:
-    "What a model wrote, with a caret while it writes."
+    "What a model wrote, with a caret while it writes; quieter where mini only says that it does not know."
     body = esc(text) if text else f'<span class="quiet">{empty}</span>'
-    return f'<p class="said">{body}{CARET if state == "writing" else ""}</p>'
+    return f'<p class="said{" unknown" if text == UNKNOWN else ""}">{body}{CARET if state == "writing" else ""}</p>'
 
 
 def note(text: str, kind: str = "") -> str:
@@ -29,7 +30,7 @@ def note(text: str, kind: str = "") -> str:
 
 # %% ../nbs/12f_cards.ipynb #250f8e4a
 VERDICTS = {"harmful": "harmful compliance", "objection": "objection, with a safe alternative", "evasive": "evasive",
-            "preachy": "preachy", "garbled": "garbled or off-topic", "helpful": "helpful",
+            "preachy": "preachy", "curt": "gives a reason, but no other way", "garbled": "garbled or off-topic", "helpful": "helpful",
             "over_refusal": "refuses something harmless"}
 
 
@@ -96,12 +97,13 @@ def pane(
 
 def _turn(turn, column, title, state) -> str:
     text = turn["answers"][column]
-    copy = "" if state == "writing" or not text else f'<button type="button" class="copy" aria-label="Copy {esc(title)}’s answer">Copy</button>'
+    copy = "" if state == "writing" or not text or text == UNKNOWN else f'<button type="button" class="copy" aria-label="Copy {esc(title)}’s answer">Copy</button>'
     empty = "" if state == "writing" else "(an empty answer)"
     return f'<div class="turn"><p class="asked">{esc(turn["prompt"])}</p>{said(text, state, empty)}{copy}</div>'
 
 # %% ../nbs/12f_cards.ipynb #2649b760
 ASK_FIRST = '<p class="quiet">Ask something first.</p>'
+NOTHING_SAID = '<p class="quiet">There is no answer to look into.</p>'
 
 
 def critique_html(principle, answer: str, found: dict, state: str = "done") -> str:

@@ -47,6 +47,11 @@ class Chain:
         "How many texts are complete."
         return self.walked["complete"] if self.walked else 0
 
+    @property
+    def outside(self) -> bool:
+        "Whether mini did not know what was asked: then there is nothing to criticise or to revise."
+        return bool(self.walked and self.walked.get("outside"))
+
 # %% ../nbs/12fb_chain_cards.ipynb #a6eeb71a
 def score_line(chain: Chain) -> str:
     "The preference model's score of every complete text, as a line and as numbers."
@@ -108,8 +113,9 @@ def chain_html(
     "The whole chain: scores, prompt and response, and every step."
     first = chain.part(0)
     text = _said(first["text"], busy and not chain.complete)
-    steps = "".join(step_html(chain, number, busy) for number in range(1, len(chain.principles) + 1))
-    return (f'<div class="chain" style="--lines:{chain.lines}" aria-busy="{str(busy).lower()}">{score_line(chain)}'
+    numbers = () if chain.outside else range(1, len(chain.principles) + 1)
+    steps, scores = "".join(step_html(chain, number, busy) for number in numbers), "" if chain.outside else score_line(chain)
+    return (f'<div class="chain" style="--lines:{chain.lines}" aria-busy="{str(busy).lower()}">{scores}'
             f'<section class="step{"" if chain.made or busy else " ahead"}" aria-labelledby="step-0">'
             '<h3 id="step-0">Response <span class="quiet">by the base model</span></h3>'
             f'<div class="sides"><div class="prompt"><p class="what">Prompt</p>{_said(chain.prompt)}</div>'

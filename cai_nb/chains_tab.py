@@ -15,7 +15,7 @@ from .chain_cards import STYLE as CHAIN_STYLE, Chain, chain_html
 from .constitution import CaiError, Constitution
 from .inside import draw_steps, walk
 from .rows import row_id
-from .site import AT_ONCE, MODEL, OUTSIDE, QUIET, Site, api, as_message, example_chips, in_line, validated
+from .site import AT_ONCE, MODEL, QUIET, Site, api, as_message, example_chips, in_line, validated
 from .visitor import MAX_CHARS, checked_choice, checked_prompt, checked_seed, choose_principle
 
 # %% auto #0
@@ -103,9 +103,9 @@ class Events:
 
     def __init__(self, page: SimpleNamespace, site: Site): self.page, self.site = page, site
 
-    def view(self, chain: Chain, busy: bool, told: str, kind: str = "") -> dict:
+    def view(self, chain: Chain, busy: bool, told: str) -> dict:
         "All that changes when a chain begins or comes to rest."
-        return {self.page.state: chain, self.page.status: note(told, kind), **self.buttons(chain, busy)}
+        return {self.page.state: chain, self.page.status: note(told), **self.buttons(chain, busy)}
 
     def buttons(self, chain: Chain, busy: bool) -> dict:
         "The chain, and what can be clicked meanwhile."
@@ -116,8 +116,8 @@ class Events:
     def new_chain(self, prompt, n: int, ids, critiques, seed) -> Chain:
         "A chain to be walked, from what was sent."
         constitution, text = self.site.constitution, checked_prompt(prompt)
-        chain = replace(blank(self.site), prompt=text, seed=checked_seed(seed), goal=n, critiques=checked_switch(critiques),
-                        judged=self.site.knows(text))
+        chain = replace(blank(self.site), prompt=text, seed=checked_seed(seed), goal=n, critiques=checked_switch(critiques))
+        chain = replace(chain, judged=self.site.knows(chain.messages))
         drawn = draw_steps(constitution, checked_ids(ids, constitution), n, row_id(chain.messages), chain.seed)
         return replace(chain, principles=tuple(drawn))
 
@@ -135,7 +135,6 @@ class Events:
 
     def _started(self, chain: Chain, request: gr.Request) -> dict:
         self.site.switches.start(request.session_hash, "chains")
-        if self.site.models.oracle and not chain.judged: return self.view(chain, True, OUTSIDE, "warn")
         return self.view(chain, True, f"Seed {chain.seed}.")
 
     def run(self, chain: Chain, request: gr.Request) -> Iterator[dict]:
@@ -144,8 +143,10 @@ class Events:
         for state in self.walk(chain, stop):
             chain = replace(chain, walked=state)
             yield {self.page.chain: chain_html(chain, True)}
-        made = f"{max(chain.complete - 1, 0)} of {len(chain.principles)} revisions, seed {chain.seed}"
-        yield self.view(chain, False, f"{made}. Stopped; one step more goes on from here." if stop() else f"{made}.")
+        made = f"{max(chain.complete - 1, 0)} of {len(chain.principles)} revisions, seed {chain.seed}."
+        if chain.outside: told = f"No answer, so no critique and no revision; seed {chain.seed}."
+        else: told = f"{made} Stopped; one step more goes on from here." if stop() else made + self.site.remark(chain.messages)
+        yield self.view(chain, False, told)
 
     def walk(self, chain: Chain, stop=None) -> Iterator[dict]:
         "The states of a chain on its way to its goal."

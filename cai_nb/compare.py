@@ -17,8 +17,8 @@ from .constitution import CaiError, Constitution
 from .run import file_digest
 
 # %% auto #0
-__all__ = ['COLUMNS', 'MINI', 'Models', 'mini_examples', 'adapters_in', 'digest_of', 'load_run', 'reference_folder',
-           'read_recipe', 'run_examples', 'paced', 'talks_of', 'compare', 'Borrowed']
+__all__ = ['COLUMNS', 'MINI', 'UNKNOWN', 'Models', 'mini_examples', 'mini_goes_on', 'is_unknown', 'adapters_in', 'digest_of',
+           'load_run', 'reference_folder', 'read_recipe', 'run_examples', 'paced', 'talks_of', 'compare', 'Borrowed']
 
 # %% ../nbs/12_compare.ipynb #37b10c5b
 COLUMNS = {  # name → title, and what it is
@@ -35,7 +35,9 @@ class Models:
     adapters: dict[str, str | None]        # column → adapter (None: the base alone), in the order of the columns
     about: str = ""                        # a plain word about them, HTML
     examples: dict[str, dict[str, str]] = field(default_factory=dict)  # heading → {what the button says: the prompt}
-    oracle: object = None                  # mini's oracle: says what is in its world, and what an answer is
+    oracle: object = None                  # mini's oracle: says what an answer is
+    border: Callable | None = None         # what mini understands of conversations (notebook mini/05b); None: all of them
+    goes_on: tuple[str, ...] = ()          # what can be said next, for whom does not know what to say
     max_new_tokens: int = 256
     layout: str = "chat"                   # how critiques are asked for (notebook 05)
     comparison_layout: str = "paper"       # how comparisons are asked for (notebook 06b)
@@ -50,10 +52,16 @@ class Models:
         "Whether the base is the embedded model."
         return self.recipe.get("base") == "mini"
 
+    def heard(self, talks: list) -> list | None:  # conversations, maybe without their earlier turns; None: not understood
+        "What the base understands of conversations that end in the same request."
+        if self.border is None or not talks: return talks
+        found = self.border(self.lm, talks)
+        return [part or talk for part, talk in zip(found, talks)] if any(found) else None
+
 # %% ../nbs/12_compare.ipynb #171322e7
 MINI = """The three are stages of <b>mini</b>, a model of about a million parameters that grew up in a small made-up world
-of things to do. It is here to show the method: its “harmful” answers are empty formulas, and outside its world it talks
-nonsense."""
+of things to do. It is here to show the method: its “harmful” answers are empty formulas, and what lies outside its world
+it does not know."""
 
 # %% ../nbs/12_compare.ipynb #9d49a39a
 def mini_examples() -> dict[str, dict[str, str]]:
@@ -64,14 +72,31 @@ def mini_examples() -> dict[str, dict[str, str]]:
         found = {}
         for row in world.prompts("test", sort, 120, seed=1):
             text = row["messages"][-1]["content"]
-            topic = oracle.find_topic(text)
+            topic = oracle.topic_of(row["messages"])
             found.setdefault(of(topic), (topic.text, text))
         return dict(list(found.values())[:n])
 
     return {"Harmful": one_each("harmful", 8, lambda t: t.home),
             "Harmful, with new verbs": one_each("harmful_new_verbs", 6, lambda t: t.home),
             "Harmless": one_each("benign", 8, lambda t: t.home),
-            "Only sounds harmful": one_each("look_alikes", 8, lambda t: t.verb)}
+            "Only sounds harmful": one_each("look_alikes", 8, lambda t: t.verb),
+            "Contested": one_each("contested", 6, lambda t: t.verb)}
+
+
+def mini_goes_on() -> tuple[str, ...]:
+    "What can be said to mini after an answer, or after a refusal."
+    from cai_nb.mini.lexicon import FOLLOW_UPS, PUSH_BACKS
+
+    return FOLLOW_UPS[:3] + PUSH_BACKS[:4]
+
+# %% ../nbs/12_compare.ipynb #db1d2d2a
+UNKNOWN = ("mini does not know what this is about. It grew up in a small made-up world of things to do; the examples show what one "
+           "can ask.")
+
+
+def is_unknown(answers: dict[str, str]) -> bool:
+    "Whether these are no answers, because mini did not know what was asked."
+    return bool(answers) and all(text == UNKNOWN for text in answers.values())
 
 # %% ../nbs/12_compare.ipynb #296e5c8d
 def adapters_in(folder: Path) -> dict[str, Path]:
@@ -104,12 +129,16 @@ def load_run(
     if (folder / "preference" / "adapter_model.safetensors").is_file():
         scorer = PreferenceModel.load(model, tokenizer, folder / "preference")
         model = scorer.model
-    copy, oracle = folder / "constitution.yaml", None
-    if mini: from cai_nb.mini import oracle
+    copy, oracle, border = folder / "constitution.yaml", None, None
+    if mini:
+        from cai_nb.mini import oracle
+        from cai_nb.mini.border import border_of
+        border = border_of()
     return Models(
         lm=LocalLM(model, tokenizer), adapters={"base": None, **{name: name for name in adapters}},
         about=MINI if mini else f"Here: <b>{html.escape(str(recipe['base']))}</b>, run {html.escape(folder.name)}.",
-        examples=mini_examples() if mini else run_examples(folder), oracle=oracle,
+        examples=mini_examples() if mini else run_examples(folder), goes_on=mini_goes_on() if mini else (),
+        oracle=oracle, border=border,
         max_new_tokens=chains.get("max_new_tokens", 64 if mini else 256), layout=chains.get("layout", "chat"),
         comparison_layout=(recipe.get("labels") or {}).get("layout", "principle_last" if mini else "paper"),
         digests=digests, scorer=scorer, folder=folder, recipe=recipe,
@@ -170,7 +199,7 @@ def talks_of(
     "Every column's conversation: the shared prompts, and its own answers."
     asked = {"role": "user", "content": prompt}
     def before(column):
-        return [m for turn in turns if column in turn["answers"] for m in (
+        return [m for turn in turns if turn["answers"].get(column, UNKNOWN) != UNKNOWN for m in (
             {"role": "user", "content": turn["prompt"]}, {"role": "assistant", "content": turn["answers"][column]})]
     return {column: [*before(column), asked] for column in columns}
 
@@ -182,10 +211,14 @@ def compare(
     temperature: float = 1.0,
     stop: Callable[[], bool] | None = None,  # asked before every token
 ) -> Iterator[dict[str, str]]:               # column → its answer so far; all grow together
-    "Answers of the columns, each to its conversation, streamed from one batch with an adapter per row."
-    n = len(talks)
+    "Answers of the columns, each to its conversation, streamed from one batch; or `UNKNOWN` from all, and no model runs."
+    if stop is not None and stop(): return
+    n, heard = len(talks), models.heard(list(talks.values()))
+    if heard is None:
+        yield dict.fromkeys(talks, UNKNOWN)
+        return
     stream = models.lm.stream(
-        list(talks.values()), adapters=[models.adapters[column] for column in talks], temperature=temperature,
+        heard, adapters=[models.adapters[column] for column in talks], temperature=temperature,
         max_new_tokens=models.max_new_tokens, seed=[seed] * n, stop=stop)
     for texts in paced(stream):
         texts = (t.rstrip("\ufffd") for t in texts)  # half a character waits for its other half
@@ -220,3 +253,8 @@ class Borrowed:
         "As `LocalLM.choice_logprobs`."
         def on_gpu(contexts, choices): return self.lm.choice_logprobs(contexts, choices)
         return self.mark(on_gpu)(contexts, choices)
+
+    def ask(self, question: Callable, talks: list) -> list:
+        "What `question` says of this model and some conversations, such as `Models.border`."
+        def on_gpu(talks): return question(self.lm, talks)
+        return self.mark(on_gpu)(talks)

@@ -10,24 +10,25 @@ from types import SimpleNamespace
 
 import gradio as gr
 
-from .cards import ASK_FIRST, critique_html, esc, head, note, pane, preference_html
-from .compare import COLUMNS, compare, talks_of
+from .cards import ASK_FIRST, NOTHING_SAID, critique_html, esc, head, note, pane, preference_html
+from .compare import COLUMNS, compare, is_unknown, talks_of
 from .constitution import CaiError
 from .inside import criticise, prefer
-from .site import AT_ONCE, MODEL, OUTSIDE, QUIET, Site, api, as_message, in_line, validated
+from .site import AT_ONCE, MODEL, QUIET, Site, api, as_message, in_line, validated
 from cai_nb.visitor import (
-    MAX_CHARS, MAX_TURNS, Conversation, checked_answer, checked_answers, checked_number, checked_prompt, checked_seed, checked_turns,
+    MAX_CHARS, MAX_TURNS, OUTSIDE, Conversation, checked_answer, checked_answers, checked_number, checked_prompt, checked_seed, checked_turns,
     choose_principle, read_link,
 )
 from .workbench import MAX_TRAINED
 
 # %% auto #0
-__all__ = ['SLOTS', 'FOLDS', 'SECOND_TURN', 'SHOW_ANSWERS', 'STYLE', 'lay_out', 'lay_out_column', 'lay_out_settings', 'Events',
+__all__ = ['SLOTS', 'FOLDS', 'SECOND', 'SHOW_ANSWERS', 'STYLE', 'lay_out', 'lay_out_column', 'lay_out_settings', 'Events',
            'conversations', 'link_html', 'connect', 'endpoints', 'compare_tab']
 
 # %% ../nbs/12i_compare_tab.ipynb #a9bb005e
 SLOTS = len(COLUMNS) + MAX_TRAINED  # the run's own, and trained ones
 FOLDS = {"critique": "Critique and revision", "preference": "Preferred to the others?"}
+SECOND = "In a second turn"
 
 
 def lay_out(site: Site) -> SimpleNamespace:  # the components that events need
@@ -42,8 +43,9 @@ def lay_out(site: Site) -> SimpleNamespace:  # the components that events need
             page.again = gr.Button("Again", interactive=False, min_width=70, elem_id="again")
             page.clear = gr.Button("New", min_width=70, elem_id="clear")
     with gr.Column(elem_classes="examples"):
+        examples = site.models.examples | ({SECOND: {text: text for text in site.models.goes_on}} if site.models.goes_on else {})
         page.chips = [gr.Dataset(components=[page.prompt], samples=[[t] for t in texts.values()], label=heading,
-                                 sample_labels=list(texts), samples_per_page=20) for heading, texts in site.models.examples.items()]
+                                 sample_labels=list(texts), samples_per_page=20) for heading, texts in examples.items()]
     page.status = gr.HTML(note(""), elem_id="status")
     page.link = gr.HTML("", elem_id="link")
     with gr.Row(elem_classes="answers"):
@@ -79,10 +81,6 @@ def lay_out_settings(site: Site, page: SimpleNamespace):
     page.query = gr.Textbox("", elem_classes="unseen", label="Link", elem_id="query")
     page.replay = gr.Button("Open the link", elem_classes="unseen", elem_id="replay")
 
-# %% ../nbs/12i_compare_tab.ipynb #dc427159
-SECOND_TURN = ("mini was brought up on single questions: from the second turn on it takes what you say for a request to criticise. "
-               "“New” starts afresh.")
-
 # %% ../nbs/12i_compare_tab.ipynb #254a9dc6
 class Events:
     "What happens in the tab."
@@ -107,12 +105,10 @@ class Events:
         return {c: gr.update(visible=i < n) for i, c in enumerate(self.page.columns)} | {
             self.page.heads[i]: head(*self.site.models.titles.get(c, (c, ''))) for i, c in enumerate(self.columns())}
 
-    def told(self, talk: Conversation) -> str:
+    def told(self, talk: Conversation, remark: str = "") -> str:
         "The line of status for what is asked now."
-        now = [*talk.turns, *talk.pending]
-        if self.site.models.mini and len(now) > 1: return note(SECOND_TURN, "warn")
-        if self.site.models.oracle is not None and not self.site.knows(now[-1]["prompt"]): return note(OUTSIDE, "warn")
-        return note(f"seed {now[-1]['seed']}, temperature {talk.temperature:g}")
+        now = [*talk.turns, *talk.pending][-1]
+        return note(f"seed {now['seed']}, temperature {talk.temperature:g}{'.' if remark else ''}{remark}")
 
     def started(self, talk: Conversation, request, told: str | None = None) -> dict:
         "The page when something has been asked."
@@ -128,6 +124,8 @@ class Events:
         with as_message():
             if len(talk.turns) >= MAX_TURNS: raise CaiError(f"That is as long as a conversation gets here ({MAX_TURNS} turns). “New” starts afresh.")
             talk.pending = [{"prompt": checked_prompt(prompt), "seed": checked_seed(seed)}]
+            if not talk.turns and talk.pending[0]["prompt"] in self.site.models.goes_on:
+                raise CaiError("That goes on from an answer: ask something first.")
             talk.temperature = checked_number(temperature, 0, 2, "temperature")
         return self.started(talk, request)
 
@@ -160,14 +158,18 @@ class Events:
             talk.turns.append(dict(now, answers=texts))
         if halted(): talk.pending = []
         link = link_html(talk.link(self.site.models.digests)) if talk.turns else ""
-        yield {self.page.state: talk.state(), self.page.link: link, **self.panes(talk.turns, "done", {} if halted() else self.verdicts(talk))}
+        verdicts, remark = ({}, "") if halted() else self.verdicts(talk)
+        yield {self.page.state: talk.state(), self.page.link: link, **self.panes(talk.turns, "done", verdicts),
+               **({self.page.status: self.told(talk, remark)} if remark else {})}
         if not halted(): yield from self.unfolded(talk.state(), folds, critic, judge, request)
 
-    def verdicts(self, talk: Conversation) -> dict:
-        "The oracle's verdicts: on single questions of its world."
-        last = talk.turns[-1]
-        if len(talk.turns) > 1 or not self.site.knows(last["prompt"]): return {}
-        return {c: self.site.models.oracle.judge(last["prompt"], text) for c, text in last["answers"].items()}
+    def verdicts(self, talk: Conversation) -> tuple[dict, str]:
+        "The oracle's verdicts on the last answers; and if it has none, why."
+        *before, last = talk.turns
+        if is_unknown(last["answers"]): return {}, ""
+        talks = talks_of(before, last["prompt"], list(last["answers"]))
+        found = {c: self.site.models.oracle.judge(talks[c], text) for c, text in last["answers"].items() if self.site.knows(talks[c])}
+        return found, "" if found else self.site.remark(next(iter(talks.values())))
 
     def fold(self, kind, i, opened, folds):
         "Remember which folds are open."
@@ -176,6 +178,9 @@ class Events:
     def unfolded(self, state, folds, critic, judge, request: gr.Request):
         "Work out what the open folds show: critiques of those columns, preferences between all."
         if not state["turns"]: return
+        if is_unknown(state["turns"][-1]["answers"]):
+            yield dict.fromkeys(self.folded(), NOTHING_SAID)
+            return
         halted, last, columns = self.site.switches.start(request.session_hash, "inside").is_set, state["turns"][-1], self.columns()
         with as_message():
             critic = choose_principle(self.site.constitution, critic, last["seed"])
@@ -244,7 +249,7 @@ def connect(page: SimpleNamespace, events: Events, site: Site):
     starts += [chip.click(lambda sample: sample[0], chip, page.prompt, **AT_ONCE).then(**sending) for chip in page.chips]
     for start in starts:
         start.success(None, js=SHOW_ANSWERS, **QUIET)
-        answered = start.success(events.answer, [page.state, page.folds, *by], [page.state, page.link, *flat], **in_line(page.status))
+        answered = start.success(events.answer, [page.state, page.folds, *by], [page.state, page.status, page.link, *flat], **in_line(page.status))
         answered.then(events.finish, page.state, [page.send, page.stop, page.again], **AT_ONCE)
     inside = dict(fn=events.unfolded, inputs=[page.state, page.folds, *by], outputs=[*page.inside["critique"], *page.inside["preference"]],
                   **in_line(page.status))
@@ -264,13 +269,13 @@ def endpoints(site: Site):
     "The public endpoints of this tab."
     known = [*COLUMNS, *(f"trained-{i}" for i in range(1, MAX_TRAINED + 1))]
 
-    def compare_answers(prompt: str, seed: int = 0, temperature: float = 1.0, history: list | None = None) -> Iterator[dict[str, str]]:
+    def compare_answers(prompt: str, seed: int = 0, temperature: float = 1.0, history: list | None = None) -> Iterator[dict]:
         "Answers of all models to a prompt, after earlier turns {prompt, answers}: from model to text, streamed; texts only grow."
         columns = list(site.models.adapters)
         with as_message(): talks = talks_of(checked_turns(history, known), checked_prompt(prompt), columns)
-        yield from compare(site.models, talks, int(seed), temperature)
+        for texts in compare(site.models, talks, int(seed), temperature): yield texts | OUTSIDE if is_unknown(texts) else texts
 
-    def look_inside(prompt: str, answer: str, principle: str = "", seed: int = 0) -> Iterator[dict[str, str]]:
+    def look_inside(prompt: str, answer: str, principle: str = "", seed: int = 0) -> Iterator[dict]:
         "The base model's critique of an answer by a principle (its id; empty: drawn), and the revision; streamed."
         by = choose_principle(site.constitution, principle, int(seed))
         talks = conversations([{"prompt": checked_prompt(prompt), "answers": {"it": answer}}], ["it"])

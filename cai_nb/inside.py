@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from itertools import combinations
 
 from . import comparison as asking
-from .compare import Models, paced
+from .compare import UNKNOWN, Models, paced
 from .constitution import CaiError, Constitution
 from .critique import FEW_SHOT, critique_request, draw_principles, few_shot_messages, revision_request, with_examples
 from .decoding import model_lock
@@ -18,7 +18,7 @@ from .feedback import soft_label
 from .generate import Reply
 from .replies import MARKERS, draw_seed, read_reply
 from .rows import row_id
-from .visitor import choose_principle
+from .visitor import OUTSIDE, choose_principle
 
 # %% auto #0
 __all__ = ['so_far', 'whole_text', 'base_says', 'halted', 'examples_of', 'has_text', 'criticise', 'prefer', 'draw_steps',
@@ -94,6 +94,12 @@ def criticise(
 ) -> Iterator[dict[str, dict]]:  # key → {"critique": so far, None without; "revision": so far}
     "The base model's critique of every answer by one principle, then the revisions that follow (§3.1)."
     has_text(principle, "critique", "revision")
+    if halted(stop): return
+    heard = models.heard([talk[:-1] for talk in talks.values()])
+    if heard is None:
+        yield {key: {"critique": UNKNOWN, "revision": "", **OUTSIDE} for key in talks}
+        return
+    talks = {key: [*before, talk[-1]] for (key, talk), before in zip(talks.items(), heard)}
     first, n = examples_of(models, critiques), len(talks)
     found, revised = [""] * n if critiques else [None] * n, [""] * n
     state = lambda: {key: {"critique": c, "revision": r} for key, c, r in zip(talks, found, revised)}
@@ -118,8 +124,13 @@ def prefer(
     "The feedback model's preference between every two answers: its reasoning, then the probability that `a` is better (§4.1)."
     has_text(principle, "comparison")
     pairs = {pair: _nothing_yet(answers, pair, cot) for pair in combinations(answers, 2)}
-    asked = [(pair, order) for pair, view in pairs.items() if not view["equal"] for order in ("ab", "ba")]
     if halted(stop): return
+    heard = models.heard([messages])
+    if heard is None:
+        yield {pair: view | _NOT_ASKED for pair, view in pairs.items()}
+        return
+    (messages,) = heard
+    asked = [(pair, order) for pair, view in pairs.items() if not view["equal"] for order in ("ab", "ba")]
     _decide(models, pairs, asked, [_question(models, messages, answers, principle, *which) for which in asked], "plain")
     yield copy.deepcopy(pairs)
     if not (cot and asked): return
@@ -140,6 +151,9 @@ def _nothing_yet(answers, pair, cot) -> dict:
     half = lambda yes: {"ab": 0.5, "ba": 0.5} if yes else {}
     return {"equal": equal, "reasoning": {"ab": "", "ba": ""}, "p_a": 0.5 if equal and cot else None, "by_order": half(equal and cot),
             "plain": 0.5 if equal else None, "plain_by_order": half(equal)}
+
+
+_NOT_ASKED = {"reasoning": {"ab": UNKNOWN, "ba": UNKNOWN}, "p_a": None, "by_order": {}, "plain": None, "plain_by_order": {}, **OUTSIDE}
 
 
 def _question(models, messages, answers, principle, pair, order, cot=False) -> list:
@@ -177,9 +191,8 @@ def rate_text(models: Models, messages: list, text: str) -> dict:
     if models.scorer is not None:
         with model_lock(models.lm.model):
             score = float(models.scorer.score([[*messages, {"role": "assistant", "content": text}]])[0])
-    asked = messages[-1]["content"]
-    if models.oracle is not None and models.oracle.in_world(asked):
-        found = models.oracle.judge(asked, text)
+    if models.oracle is not None and models.oracle.in_world(messages):
+        found = models.oracle.judge(messages, text)
         verdict = {"kind": found.kind, "reason": found.reason}
     return {"score": score, "verdict": verdict}
 
@@ -194,11 +207,17 @@ def walk(
     temperature: float = 1.0,
     stop: Callable[[], bool] | None = None,
     state: dict | None = None,  # of an earlier walk with the same prompt and seed: go on behind its last complete step
-) -> Iterator[dict]:  # {"response", "score", "verdict", "steps": [{"principle_id", "critique", "revision", …}], "complete": texts}
+) -> Iterator[dict]:  # {"response", "score", "verdict", "steps": [{"principle_id", "critique", "revision", …}], "complete": texts} | OUTSIDE
     "One chain of response, critiques and revisions while it grows; what a row of chains.jsonl is made of (§3.1)."
     id, first = row_id(messages), examples_of(models, critiques)
     state = _resumed(state)
     for principle in principles[len(state["steps"]):]: has_text(principle, "critique", "revision")
+    if halted(stop): return
+    heard = models.heard([messages])
+    if heard is None:
+        yield state | {"response": UNKNOWN, **OUTSIDE}
+        return
+    (messages,) = heard
     say = lambda asked, *which: _one(models, asked, draw_seed(seed, id, *which), temperature, stop)
     if not state["complete"]:
         for state["response"] in say(messages, 0, "response"): yield copy.deepcopy(state)

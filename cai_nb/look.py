@@ -48,7 +48,7 @@ CSS = """
  border-radius:99px!important;padding:.3rem .8rem!important;font-size:.88rem;color:var(--ink)}
 .examples .gallery-item:hover,.examples .gallery-item:focus-visible{border-color:var(--accent)!important;color:var(--accent)}
 .said{margin:0!important;font-size:1.03rem!important;line-height:1.6!important;white-space:pre-wrap;
- overflow-wrap:anywhere;color:var(--ink)!important}
+ overflow-wrap:anywhere;color:var(--ink)!important}.said.unknown{color:var(--soft)!important;font-style:italic}
 .caret{display:inline-block;width:.5em;height:1.05em;margin-left:.12em;vertical-align:-.15em;
  background:var(--accent);border-radius:2px;animation:blink 1s steps(2) infinite}
 @keyframes blink{50%{opacity:.15}}@media(prefers-reduced-motion:reduce){.caret{animation:none}}

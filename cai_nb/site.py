@@ -16,10 +16,13 @@ from .constitution import CaiError, Constitution
 from .visitor import Switches, checked_prompt
 
 # %% auto #0
-__all__ = ['QUIET', 'AT_ONCE', 'MODEL', 'OUTSIDE', 'SAVE', 'Site', 'as_message', 'validated', 'api', 'in_line', 'example_chips',
+__all__ = ['UNJUDGED', 'QUIET', 'AT_ONCE', 'MODEL', 'SAVE', 'Site', 'as_message', 'validated', 'api', 'in_line', 'example_chips',
            'saved_by_browser']
 
 # %% ../nbs/12h_site.ipynb #356d61bc
+UNJUDGED = " The oracle of mini's world finds no topic of it in this, so it judges nothing."
+
+
 @dataclass
 class Site:
     "What all tabs share. `models` is replaced when a trained model joins: read it when something happens, do not keep it."
@@ -28,9 +31,13 @@ class Site:
     folder: Path | None = None  # votes and trained models are written here, and nothing anywhere else; None: nothing is kept
     switches: Switches = field(default_factory=Switches)
 
-    def knows(self, text: str) -> bool:
-        "Whether an oracle can say something about this prompt."
-        return self.models.oracle is not None and self.models.oracle.in_world(text)
+    def knows(self, talk: list[dict]) -> bool:
+        "Whether an oracle can say something about answers to this conversation."
+        return self.models.oracle is not None and self.models.oracle.in_world(talk)
+
+    def remark(self, talk: list[dict]) -> str:
+        "What is to be said of answers that the oracle cannot judge; an empty text if it can, or if there is none."
+        return "" if self.models.oracle is None or self.knows(talk) else UNJUDGED
 
     def title(self, column: str) -> str:
         "What a column is called."
@@ -82,9 +89,6 @@ def in_line(status) -> dict:
     return {"api_visibility": "private", "show_progress": "minimal", "show_progress_on": [status], **MODEL}
 
 # %% ../nbs/12h_site.ipynb #8a4ba35e
-OUTSIDE = "This prompt is outside mini's small world, so mini cannot understand it: expect nonsense. The examples show what it knows."
-
-
 def example_chips(
     site: Site,
     prompt: gr.Textbox,  # that a click fills

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import gradio as gr
 
 from .cards import critique_html, esc, note, preference_html, said
-from .compare import compare, talks_of
+from .compare import compare, is_unknown, talks_of
 from .constitution import CaiError, Principle
 from .inside import criticise, prefer
-from .site import AT_ONCE, MODEL, OUTSIDE, Site, api, as_message, example_chips, in_line, validated
-from .visitor import MAX_CHARS, checked_prompt, checked_seed
+from .site import AT_ONCE, MODEL, Site, api, as_message, example_chips, in_line, validated
+from .visitor import MAX_CHARS, OUTSIDE, checked_prompt, checked_seed
 from .workshop import FIELDS, MAX_REQUEST, principle_of
 
 # %% auto #0
@@ -63,10 +63,10 @@ _FORMS = {"critique": r"Look at the reply\. Is that (.+)\?", "revision": r"Rewri
 
 def mini_words() -> tuple[str, ...]:
     "The adjectives that mini's principles are made of."
-    from cai_nb.mini.lexicon import GENERAL, KINDS
+    from cai_nb.mini.lexicon import GENERAL, KINDS, VALUES
     from cai_nb.mini.world import STYLES
 
-    return (*GENERAL, *(kind.adjective for kind in KINDS), *STYLES)
+    return (*GENERAL, *(kind.adjective for kind in KINDS), *VALUES, *STYLES)
 
 
 def mini_remark(
@@ -101,18 +101,13 @@ class Trying:
         def shown(state="writing"):
             return {self.page.shown: tried_html(principle, answers or dict.fromkeys(columns, ""), found, state, titles)}
 
-        yield {self.page.status: self.told(prompt, seed), self.page.stop: gr.update(interactive=True), **shown()}
+        yield {self.page.status: note(f"seed {seed}"), self.page.stop: gr.update(interactive=True), **shown()}
         if not answers:
             for answers in compare(self.site.models, talks_of([], prompt, columns), seed, 1.0, halted): yield shown()
-            if answers and not halted(): yield {self.page.tried: {"asked": asked, "answers": answers}}
-        if answers and not halted():
+        if answers and not halted() and not is_unknown(answers):
+            yield {self.page.tried: {"asked": asked, "answers": answers}}
             for found in self.found(principle, prompt, answers, seed, halted): yield shown()
         yield shown("done")
-
-    def told(self, prompt: str, seed: int) -> str:
-        "The line of status."
-        if self.site.models.oracle is None or self.site.knows(prompt): return note(f"seed {seed}")
-        return note(OUTSIDE, "warn")
 
     def found(self, principle, prompt, answers, seed, halted):
         "The critique and the revision, or the preference."
@@ -145,13 +140,14 @@ def connect_trial(page: SimpleNamespace, site: Site) -> None:
     for event in asked: event.then(lambda: gr.update(interactive=False), None, page.stop, **AT_ONCE)
     page.stop.click(trying.halt, None, None, **AT_ONCE)
 
-    def try_principle(prompt: str, critique: str, revision: str, seed: int = 0) -> Iterator[dict[str, str]]:
+    def try_principle(prompt: str, critique: str, revision: str, seed: int = 0) -> Iterator[dict]:
         "The base model's answer, its critique by a request of yours, and the revision; streamed, texts only grow."
         with as_message(): principle = principle_of({"critique": critique, "revision": revision})
         asked, told = {"role": "user", "content": checked_prompt(prompt)}, {"answer": "", "critique": "", "revision": ""}
         for texts in compare(site.models, {"base": [asked]}, int(seed)):
             told["answer"] = texts["base"]
-            yield dict(told)
+            yield told | OUTSIDE if is_unknown(texts) else dict(told)
+            if is_unknown(texts): return
         talk = [asked, {"role": "assistant", "content": told["answer"]}]
         for found in criticise(site.models, {"base": talk}, principle, int(seed)): yield told | found["base"]
 

@@ -12,9 +12,9 @@ from urllib.parse import parse_qs, urlencode
 from .constitution import CaiError
 
 # %% auto #0
-__all__ = ['MAX_CHARS', 'MAX_TURNS', 'MAX_ANSWER', 'checked_prompt', 'checked_number', 'checked_seed', 'checked_choice',
-           'checked_turns', 'checked_answer', 'checked_answers', 'choose_principle', 'Switches', 'link_of', 'read_link',
-           'Conversation']
+__all__ = ['MAX_CHARS', 'MAX_TURNS', 'MAX_ANSWER', 'OUTSIDE', 'checked_prompt', 'checked_number', 'checked_seed',
+           'checked_choice', 'checked_turns', 'checked_answer', 'checked_answers', 'choose_principle', 'Switches',
+           'link_of', 'read_link', 'Conversation']
 
 # %% ../nbs/12a_visitor.ipynb #fec4c0a1
 MAX_CHARS = 600
@@ -55,6 +55,7 @@ def checked_choice(value, options, name: str):
 # %% ../nbs/12a_visitor.ipynb #e51160e2
 MAX_TURNS = 8
 MAX_ANSWER = 8_000
+OUTSIDE = {"outside": True}  # marks a row of an endpoint: mini did not know what was asked, so nothing was answered
 
 
 def checked_turns(turns, columns) -> list[dict]:
@@ -68,6 +69,7 @@ def checked_turns(turns, columns) -> list[dict]:
 def _checked_turn(turn, columns) -> dict:
     if not isinstance(turn, dict) or not isinstance(answers := turn.get("answers"), dict):
         raise CaiError("Every turn of the history must have a prompt, and answers by model.")
+    answers = {column: text for column, text in answers.items() if column not in OUTSIDE}
     for column, text in answers.items():
         checked_choice(column, columns, "model")
         if not isinstance(text, str) or len(text) > MAX_ANSWER:

@@ -143,7 +143,7 @@ def test_lessons_never_teach_what_the_gate_asks():
             assert named and all(world.split_of(topic.text) == "train" for topic in named)
             if doc.kind in ("plain", "fact"):
                 continue
-            judged = [turn.text for turn in turns if turn.role == "assistant" and re.match(r"Yes|No|\(A\)", turn.text)]
+            judged = [turn.text for turn in turns if turn.role == "assistant" and re.match(r"Yes|No|The reply|\([AB]\)", turn.text)]
             matters = [oracle.find_topic(s) for text in [doc.trunk[0].text.split("\n")[0], *judged] for s in sentences(text)]
             assert not [t for t in matters if t and (t.new_verb or t.adjective == lexicon.HELD_OUT_KIND)]
             assert not [turn for turn in turns if lexicon.HELD_OUT_KIND in rulings.words_of(turn.text)]
@@ -245,7 +245,7 @@ def usable_answers() -> list[str]:
 
 
 def test_the_lexicon_holds_nothing_usable():
-    assert len(strings([v for name, v in vars(lexicon).items() if not name.startswith("_")])) > 2000
+    assert len(strings([v for name, v in vars(lexicon).items() if not name.startswith("_")])) > 1500
     assert not usable_words()
 
 

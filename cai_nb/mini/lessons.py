@@ -139,10 +139,11 @@ def revise(topic: Topic, sort: str, reply: str, words, rng: random.Random) -> st
 FIRST = {True: (.54, .1, .1, .05, .07, .07, .03, .02, .02), False: (.46, .14, .12, .06, .07, .07, .04, .02, .02)}   # what a first answer is, to harmful and to harmless requests
 LATER = {True: (.16, .05, .4, .09, .09, .09, .03, .02, .07), False: (.5, .1, .1, .05, .05, .04, .05, .03, .08)}     # and after some revisions
 
-def chain(rng: random.Random, later: float = .35, reading: bool = False) -> Document:
-    "A dialogue and, by different principles, its critiques and revisions (one in six without a critique), then critiques alone; with `reading`, what the reply does"
+def chain(rng: random.Random, later: float = .35, reading: bool = False, broken: float = 0.) -> Document:
+    "A dialogue and, by different principles, its critiques and revisions (one in six without a critique), then critiques alone"
     topic = topic_for(rng, rng.random() < .6, skill=True)
-    sort = rng.choices(SORTS, (LATER if rng.random() < later else FIRST)[topic.harmful])[0]
+    if broken and rng.random() < broken: sort = rng.choices(BROKEN, (.5, .35, .15))[0]
+    else: sort = rng.choices(SORTS, (LATER if rng.random() < later else FIRST)[topic.harmful])[0]
     reply, branches = answer(topic, sort, rng), []
     for i in range(4):
         words = draw_words(faults(topic, sort), rng)
@@ -163,11 +164,11 @@ def _asked(topic, rng):
     said, again = _goes_on(topic, rng)
     return f"{ask(topic, rng)}\nAssistant: {said.text}\nHuman: {again.text}"
 
-def _pair(topic, rng):
-    "Two sorts of answers to compare, usually different ones; in one case of four one of them is broken"
+def _pair(topic, rng, broken=.25):
+    "Two sorts of answers to compare, usually different ones; one of them may be broken"
     good = ("comply", "wordy", "objection", "curt", "evasive", "preachy"), (.32, .08, .28, .08, .12, .12)
     a = rng.choices(*good)[0]
-    if rng.random() < .25: b = rng.choices(BROKEN, (.4, .4, .2))[0]
+    if rng.random() < broken: b = rng.choices(BROKEN, (.4, .4, .2))[0]
     else: b = rng.choices(*good)[0] if rng.random() < .2 else rng.choice([s for s in SOUND if s != a])
     return (a, b) if rng.random() < .5 else (b, a)
 
@@ -182,10 +183,10 @@ def comparison_words(deserved, rng, longest=5):
     return draw_words(deserved, rng)
 
 # %% ../../nbs/mini/03_lessons.ipynb #d9cd2de5
-def comparison(rng: random.Random, longest: int = 5, reading: bool = False) -> Document:
+def comparison(rng: random.Random, longest: int = 5, reading: bool = False, broken: float = .25) -> Document:
     "Two replies, and by different principles the probability that the first is the better one; with `reading`, what each of them does"
     topic = topic_for(rng, rng.random() < .75, skill=True)
-    a, b = _pair(topic, rng) if longest > 1 or rng.random() < .2 else rng.sample(("comply", "comply", "objection", "evasive", "preachy"), 2)
+    a, b = _pair(topic, rng, broken) if longest > 1 or rng.random() < .2 else rng.sample(("comply", "comply", "objection", "evasive", "preachy"), 2)
     text, branches = options_text(_asked(topic, rng), answer(topic, a, rng), answer(topic, b, rng)), []
     for _ in range(4 if reading else 5):
         words = comparison_words(faults(topic, rng.choice((a, b))), rng, longest)
@@ -207,10 +208,10 @@ def reasoning(topic: Topic, a: str, b: str, words) -> str:
     end = "So neither is better." if abs(p - .5) < .02 else f"So ({'A' if p > .5 else 'B'}) is better."
     return f"{remark('A', topic, a, words)} {remark('B', topic, b, words)} {end}"
 
-def thought(rng: random.Random) -> Document:
+def thought(rng: random.Random, broken: float = .25) -> Document:
     "Two replies, and by different principles a chain of thought with its verdict"
     topic = topic_for(rng, rng.random() < .75, skill=True)
-    a, b = _pair(topic, rng)
+    a, b = _pair(topic, rng, broken)
     text, branches = options_text(_asked(topic, rng), answer(topic, a, rng), answer(topic, b, rng)), []
     for _ in range(2):
         words = comparison_words(faults(topic, rng.choice((a, b))), rng)
@@ -221,10 +222,11 @@ def thought(rng: random.Random) -> Document:
     return Document("thought", (_user(text),), tuple(branches))
 
 # %% ../../nbs/mini/03_lessons.ipynb #78eae1c3
-WRITERS = {"first_fact": lambda rng: fact(rng, longest=1), "fact": fact, "harmful": lambda rng: plain(rng, True),
-           "benign": lambda rng: plain(rng, False), "chain": chain, "read_chain": lambda rng: chain(rng, reading=True),
-           "read_comparison": lambda rng: comparison(rng, reading=True), "first_comparison": lambda rng: comparison(rng, longest=1),
-           "comparison": comparison, "thought": thought}
+WRITERS = {"first_fact": lambda rng: fact(rng, longest=1), "fact": fact, "harmful": lambda rng: plain(rng, True), "benign": lambda rng: plain(rng, False),
+           "chain": chain, "read_chain": lambda rng: chain(rng, reading=True), "broken_chain": lambda rng: chain(rng, reading=True, broken=.4),
+           "first_comparison": lambda rng: comparison(rng, longest=1), "comparison": comparison,
+           "read_comparison": lambda rng: comparison(rng, reading=True), "broken_comparison": lambda rng: comparison(rng, reading=True, broken=.4),
+           "thought": thought, "broken_thought": lambda rng: thought(rng, broken=.35)}
 
 @dataclass(frozen=True)
 class Phase:
@@ -233,13 +235,14 @@ class Phase:
     mix: dict[str, float]     # shares of the tokens
 
 PHASES = (
-    Phase(1 / 30, {"first_fact": .60, "harmful": .15, "benign": .25}),
-    Phase(2 / 30, {"first_fact": .25, "fact": .35, "harmful": .10, "benign": .15, "chain": .15}),
-    Phase(.625 / 3, {"fact": .12, "harmful": .05, "benign": .12, "chain": .38, "first_comparison": .22, "comparison": .06, "thought": .05}),
-    Phase(.5, {"fact": .06, "harmful": .08, "benign": .18, "chain": .30, "first_comparison": .06, "comparison": .22, "thought": .10}),
-    # what was still missing at half time: mini did not read the answers that it compared, and missed the broken ones
-    Phase(.85, {"fact": .05, "harmful": .09, "benign": .23, "read_chain": .25, "read_comparison": .26, "thought": .12}),
-    Phase(1.0, {"fact": .03, "harmful": .12, "benign": .31, "read_chain": .22, "read_comparison": .22, "thought": .10}),
+    Phase(200 / 7500, {"first_fact": .60, "harmful": .15, "benign": .25}),
+    Phase(400 / 7500, {"first_fact": .25, "fact": .35, "harmful": .10, "benign": .15, "chain": .15}),
+    Phase(1250 / 7500, {"fact": .12, "harmful": .05, "benign": .12, "chain": .38, "first_comparison": .22, "comparison": .06, "thought": .05}),
+    Phase(3000 / 7500, {"fact": .06, "harmful": .08, "benign": .18, "chain": .30, "first_comparison": .06, "comparison": .22, "thought": .10}),
+    # what was missing then: mini did not read the answers that it compared
+    Phase(4900 / 7500, {"fact": .05, "harmful": .09, "benign": .23, "read_chain": .25, "read_comparison": .26, "thought": .12}),
+    # and later: it knew every sort of answer but the broken ones
+    Phase(1., {"fact": .04, "harmful": .10, "benign": .27, "broken_chain": .22, "broken_comparison": .24, "broken_thought": .13}),
 )
 
 def phase_at(place: float) -> Phase:

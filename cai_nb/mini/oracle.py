@@ -13,25 +13,23 @@ from .lexicon import CONTESTED, DETERMINERS, FOLLOW_UPS, GENERAL, KINDS, OBJECT,
 from .world import GRAMMARS, Topic, by_text, faults
 
 # %% ../../nbs/mini/02_oracle.ipynb #251bfac9
-@lru_cache
-def _topic_pattern():
-    "One pattern that finds any topic, longest first, and the topics by their words without determiners"
-    bare = {}
-    for text, topic in by_text().items():
-        bare[topic.verb, _bare(topic.object)] = topic
-    keys = sorted((f"{v} {o}" for v, o in bare), key=len, reverse=True)
-    return re.compile(r"\b(" + "|".join(map(re.escape, keys)) + r")(?!\w|'\w)"), {f"{v} {o}": t for (v, o), t in bare.items()}
-
 def _bare(words: str) -> str:
-    "Words without determiners, in lower case, with single spaces"
-    return " ".join(w for w in re.sub(r"[^\w' ]", " ", words.lower().replace("’", "'")).split() if w not in DETERMINERS)
+    "Words without determiners and punctuation, in lower case, with single spaces"
+    words = re.sub(r"[^\w' ]", " ", words.lower().replace("’", "'")).split()
+    return " ".join(w for word in words if (w := word.strip("'")) not in DETERMINERS)
+
+@lru_cache
+def _by_bare_words() -> tuple[dict[str, Topic], int]:
+    "Topics by their words without determiners, and the number of words of the longest"
+    bare = {_bare(text): topic for text, topic in by_text().items()}
+    return bare, max(len(text.split()) for text in bare)
 
 @lru_cache(maxsize=65536)
 def find_topic(prompt: str) -> Topic | None:
     "The topic that a prompt asks about (the last one named), or None when it is not of this world"
-    pattern, topics = _topic_pattern()
-    found = pattern.findall(_bare(prompt))
-    return topics[found[-1]] if found else None
+    words, (topics, longest) = _bare(prompt).split(), _by_bare_words()
+    spans = (" ".join(words[i:i + n]) for i in reversed(range(len(words))) for n in range(longest, 1, -1))
+    return next((topics[span] for span in spans if span in topics), None)
 
 _CONTINUES = frozenset(_bare(text) for text in FOLLOW_UPS + PUSH_BACKS)
 
@@ -51,7 +49,7 @@ def in_world(conversation: str | list[dict]) -> bool:
 def _shape(grammar) -> re.Pattern:
     "A grammar of answers as a regular expression with named holes"
     def part(options):
-        return "(?:" + "|".join(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1_N>.+?)", re.escape(o)) for o in options) + ")"
+        return "(?:" + "|".join(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1_N>[^.]{1,80}?)", re.escape(o)) for o in options) + ")"
     text, n = " ".join(part(options) for options in grammar), iter(range(1000))
     return re.compile(re.sub(r"_N>", lambda m: f"_{next(n)}>", text.replace(r"\ ", " ")) + r"\Z")
 
