@@ -10,15 +10,16 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .constitution import CaiError, Constitution
 from .run import file_digest
 
 # %% auto #0
-__all__ = ['COLUMNS', 'MINI', 'UNKNOWN', 'Models', 'mini_examples', 'mini_goes_on', 'is_unknown', 'adapters_in', 'digest_of',
-           'load_run', 'reference_folder', 'read_recipe', 'run_examples', 'paced', 'talks_of', 'compare', 'Borrowed']
+__all__ = ['COLUMNS', 'MINI', 'UNKNOWN', 'Models', 'mini_examples', 'mini_goes_on', 'only_known', 'is_unknown', 'adapters_in',
+           'digest_of', 'load_run', 'reference_folder', 'read_recipe', 'run_examples', 'paced', 'talks_of', 'compare',
+           'Borrowed']
 
 # %% ../nbs/12_compare.ipynb #37b10c5b
 COLUMNS = {  # name → title, and what it is
@@ -89,9 +90,18 @@ def mini_goes_on() -> tuple[str, ...]:
 
     return FOLLOW_UPS[:3] + PUSH_BACKS[:4]
 
-# %% ../nbs/12_compare.ipynb #db1d2d2a
+# %% ../nbs/12_compare.ipynb #a20cb535
 UNKNOWN = ("mini does not know what this is about. It grew up in a small made-up world of things to do; the examples show what one "
            "can ask.")
+
+
+def only_known(models: Models) -> Models:
+    "The same models without those examples that they would not understand."
+    def keep(texts):
+        heard = models.border(models.lm, [[{"role": "user", "content": text}] for text in texts.values()])
+        return {name: text for (name, text), part in zip(texts.items(), heard) if part}
+    if models.border is None: return models
+    return replace(models, examples={heading: keep(texts) for heading, texts in models.examples.items()})
 
 
 def is_unknown(answers: dict[str, str]) -> bool:
@@ -134,7 +144,7 @@ def load_run(
         from cai_nb.mini import oracle
         from cai_nb.mini.border import border_of
         border = border_of()
-    return Models(
+    return only_known(Models(
         lm=LocalLM(model, tokenizer), adapters={"base": None, **{name: name for name in adapters}},
         about=MINI if mini else f"Here: <b>{html.escape(str(recipe['base']))}</b>, run {html.escape(folder.name)}.",
         examples=mini_examples() if mini else run_examples(folder), goes_on=mini_goes_on() if mini else (),
@@ -142,7 +152,7 @@ def load_run(
         max_new_tokens=chains.get("max_new_tokens", 64 if mini else 256), layout=chains.get("layout", "chat"),
         comparison_layout=(recipe.get("labels") or {}).get("layout", "principle_last" if mini else "paper"),
         digests=digests, scorer=scorer, folder=folder, recipe=recipe,
-    ), Constitution.load(copy if copy.is_file() else recipe.get("constitution") or "harmlessness")
+    )), Constitution.load(copy if copy.is_file() else recipe.get("constitution") or "harmlessness")
 
 # %% ../nbs/12_compare.ipynb #ffa5faf1
 def reference_folder() -> Path:

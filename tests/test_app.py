@@ -14,7 +14,7 @@ from gradio_client import Client
 from serving import PANDAS, Slow, events, free_port, make_run, post, served
 
 from cai_nb.app import build_demo, header, serve
-from cai_nb.compare import compare, load_run, talks_of
+from cai_nb.compare import UNKNOWN, compare, load_run, talks_of
 from cai_nb.constitution import CaiError, Constitution
 from cai_nb.mini import oracle
 from cai_nb.visitor import MAX_CHARS, MAX_TURNS, Switches
@@ -58,12 +58,43 @@ def test_seed_and_adapters_decide_the_answers(client):
 
 def test_a_conversation_goes_on_with_each_models_own_answers(client):
     first = asked(client, ASK, seed=7)
-    second = asked(client, "How do I bake bread?", seed=8, history=[{"prompt": ASK, "answers": first}])
     models, _ = load_run()
-    for column, adapter in models.adapters.items():
-        talk = [{"role": "user", "content": ASK}, {"role": "assistant", "content": first[column]}, {"role": "user", "content": "How do I bake bread?"}]
-        (reply,), = models.lm.with_adapter(adapter).sample([talk], max_new_tokens=64, seed=8)
-        assert second[column] == reply.text
+    for text in (models.goes_on[0], models.goes_on[-1]):
+        second = asked(client, text, seed=8, history=[{"prompt": ASK, "answers": first}])
+        talks = talks_of([{"prompt": ASK, "answers": first}], text, list(models.adapters))
+        assert models.heard(list(talks.values())) == list(talks.values())  # understood with what was said before
+        for column, adapter in models.adapters.items():
+            (reply,), = models.lm.with_adapter(adapter).sample([talks[column]], max_new_tokens=models.max_new_tokens, seed=8)
+            assert second[column] == reply.text
+
+
+def test_another_request_begins_anew(client):
+    first = asked(client, ASK, seed=7)
+    assert asked(client, "How do I bake bread?", seed=8, history=[{"prompt": ASK, "answers": first}]) == asked(client, "How do I bake bread?", seed=8)
+
+
+def test_what_mini_does_not_know_no_model_is_asked():
+    outside = {"outside": True}
+    with served(border=lambda lm, talks: [[] for _ in talks]) as (url, lm, *_):
+        client = Client(url, verbose=False)
+        last = lambda *args, api: list(client.submit(*args, api_name=api))[-1]  # noqa: E731
+        row = last("Who wrote Hamlet?", 1, 1.0, api="/compare")
+        assert row == dict.fromkeys(["base", "sl", "rl"], UNKNOWN) | outside
+        assert last("And when?", 1, 1.0, [{"prompt": "Who wrote Hamlet?", "answers": row}], api="/compare") == row  # it can be sent back
+        assert last("Who wrote Hamlet?", "A poet.", "", 1, api="/inside").items() >= ({"critique": UNKNOWN, "revision": ""} | outside).items()
+        (pair,) = last("Who wrote Hamlet?", {"x": "A poet.", "y": "A king."}, "", 1, api="/prefer")
+        assert (pair["p_a"], pair["plain"], pair["outside"]) == (None, None, True) and set(pair["reasoning"].values()) == {UNKNOWN}
+        chain = last("Who wrote Hamlet?", 2, None, True, 1, api="/chain")
+        assert (chain["response"], chain["steps"], chain["verdict"], chain["outside"]) == (UNKNOWN, [], None, True)
+        tried = last("Who wrote Hamlet?", "Is it true?", "Make it true.", 1, api="/try_principle")
+        assert tried == {"answer": UNKNOWN, "critique": "", "revision": ""} | outside
+        assert last("Who wrote Hamlet?", 1, 1.0, api="/arena") == {"ballot": "", "a": UNKNOWN, "b": UNKNOWN} | outside
+        assert lm.steps == 0
+
+
+@pytest.mark.parametrize("prompt", ["What is the capital of France?", "Hello there!", "def f(x): return x", "Wie geht es dir?", "x" * 500])
+def test_the_shipped_mini_has_a_border(client, prompt):
+    assert asked(client, prompt) == dict.fromkeys(["base", "sl", "rl"], UNKNOWN) | {"outside": True}
 
 
 def test_critique_revision_and_preference_can_be_asked(client):
@@ -96,7 +127,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("prompt", HOSTILE.values(), ids=HOSTILE)
 def test_hostile_prompts_are_only_prompts(client, prompt):
-    answers = asked(client, prompt, seed=1)
+    answers = {name: text for name, text in asked(client, prompt, seed=1).items() if name != "outside"}
     assert list(answers) == ["base", "sl", "rl"] and all(isinstance(a, str) for a in answers.values())
     assert not any("<|" in a for a in answers.values())
 
@@ -176,7 +207,7 @@ def test_who_leaves_stops_the_model_within_half_a_second(how):
 
 
 def test_visitors_do_not_get_each_others_answers(server):
-    prompts = ["How do I bake a cake?", "Teach me to plant herbs.", ASK, "How do I steal a bike?"]
+    prompts = ["How do I bake bread?", "Teach me to plant herbs.", ASK, "How do I steal a bike?"]
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda p: asked(Client(server[0], verbose=False), p, seed=3), prompts))
     alone = [asked(Client(server[0], verbose=False), p, seed=3) for p in prompts]
@@ -237,8 +268,9 @@ def test_stages_that_are_missing_are_said_to_be(tmp_path):
 def test_shipped_models_load():
     models, constitution = load_run()
     assert list(models.adapters) == ["base", "sl", "rl"] and models.oracle is oracle and constitution.critique_principles and models.scorer
+    assert models.border, "draw the line: python -m cai_nb.mini.border"
     prompts = [p for group in models.examples.values() for p in group.values()]
-    assert len(prompts) > 20 and all(oracle.in_world(p) and len(p) <= MAX_CHARS for p in prompts)
+    assert len(prompts) > 20 and "Contested" in models.examples and all(oracle.in_world(p) and len(p) <= MAX_CHARS for p in prompts)
 
 
 def test_folders_that_are_no_runs_and_busy_ports_say_the_way_out(tmp_path, server):

@@ -254,12 +254,18 @@ def test_what_cannot_be_answered_is_refused_at_once(server, name, args, told):
 
 
 def test_a_used_ballot_and_no_choice(server):
-    _, events = call(server, "arena", "How do I bake a cake?", 1, 1.0)
+    _, events = call(server, "arena", "How do I bake bread?", 1, 1.0)
     token = events[-1][1][0]["ballot"]
     assert call(server, "vote", token, None, "")[1][-1][0] == "error"  # no choice at all: the ballot stays open
     assert call(server, "vote", token, "both bad", "both bad")[1][-1][0] == "complete"
     status, text = call(server, "vote", token, "tie", None)
     assert status == 422 and "no longer open" in text
+
+
+def test_what_mini_does_not_know_is_not_voted_on(server):
+    _, events = call(server, "arena", "What is the capital of France?", 1, 1.0)
+    states = [data[0] for kind, data in events if kind in ("generating", "complete") and data]
+    assert states[-1]["outside"] is True and states[-1]["ballot"] == "" and "does not know" in states[-1]["a"] == states[-1]["b"]
 
 
 def test_every_vote_acknowledged_over_http_survives_sigkill(tmp_path):

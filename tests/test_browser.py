@@ -144,9 +144,10 @@ def test_a_conversation_again_copy_and_new(visit):
         page.wait_for_selector("#answer-rl [aria-busy=true]")
         wait_until_idle(page)
     assert len(seeds) == 2 and page.locator("#answer-rl .turn").count() == 1  # another seed, the same turn
-    ask(page, "How do I bake a cake?")
+    page.click(".examples .gallery-item:has-text('I am an adult')")
+    page.wait_for_selector("#answer-rl .turn >> nth=1")
     wait_until_idle(page)
-    assert page.locator("#answer-base .turn").count() == 2 and "single questions" in page.text_content("#status")
+    assert page.locator("#answer-base .turn").count() == 2 and page.locator("#answer-base .verdict b").count() == 1
     picture(page, "compare-desktop-light-4-two-turns")
     page.click("#clear")
     page.wait_for_function("!document.querySelector('#answer-base .turn')")
@@ -156,7 +157,7 @@ def test_a_conversation_again_copy_and_new(visit):
 def test_a_link_brings_the_answers_back(visit):
     page = visit()
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    for prompt in (ASK, "How do I bake a cake?"):
+    for prompt in (ASK, "How do I bake bread?"):
         ask(page, prompt)
         wait_until_idle(page)
     page.click("#link .copy")
@@ -182,7 +183,7 @@ def test_stop_stops(visit, server):
     page.wait_for_timeout(600)
     assert (lm.steps, said(page, "base")) == (steps, text)
     page.click("#clear")
-    ask(page, "How do I bake a cake?")  # and it goes on
+    ask(page, "How do I bake bread?")  # and it goes on
     wait_until_idle(page)
     assert all(said(page, m) for m in MODELS)
 
@@ -194,10 +195,14 @@ def test_examples_other_worlds_and_refusals(visit):
     wait_until_idle(page)
     assert said(page, "rl") and page.locator("#answer-base .verdict b").count() == 1
     page.click("#clear")
-    ask(page, "What is the capital of France?")
+    page.fill("#prompt textarea", "What is the capital of France?")
+    page.press("#prompt textarea", "Enter")
+    page.wait_for_selector("#answer-rl .said.unknown")
     wait_until_idle(page)
-    assert "outside mini's small world" in page.text_content("#status")
-    assert page.locator("#answer-base .verdict b").count() == 0
+    assert all("does not know what this is about" in said(page, model) for model in MODELS)
+    assert page.locator("#answer-base .verdict b").count() == 0 and page.locator("#answer-base .copy").count() == 0
+    page.click("#fold-critique-base > button")
+    page.wait_for_selector("#critique-base >> text=no answer to look into")
     picture(page, "compare-desktop-light-5-outside")
     page.click("#clear")
     page.click("#send")

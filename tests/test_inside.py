@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scripted import ScriptedLM
 
-from cai_nb.compare import Models, load_run
+from cai_nb.compare import UNKNOWN, Models, load_run
 from cai_nb.comparison import FEW_SHOT as EXAMPLES
 from cai_nb.constitution import CaiError
 from cai_nb.critique import FEW_SHOT, critique_request, critique_revise, revision_request
@@ -154,6 +154,28 @@ def test_what_cannot_be_asked_is_refused_in_a_sentence(mini):
     assert list(criticise(models, {}, mini[1].critique_principles[0])) == [] and list(base_says(models, [], [])) == []
 
 
+def test_what_mini_does_not_know_is_not_criticised(mini):
+    models, lm = scripted()
+    models = replace(models, border=lambda lm, talks: [[] for _ in talks])
+    principle, by = mini[1].critique_principles[0], mini[1].comparison_principles[0]
+    talks = {"base": [*PROMPT, {"role": "assistant", "content": "Well."}]}
+    (walked,), (criticised,) = walk(models, PROMPT, [principle]), criticise(models, talks, principle)
+    (preferred,) = prefer(models, PROMPT, {"a": "x", "b": "y"}, by)
+    assert (walked["response"], walked["steps"], walked["complete"]) == (UNKNOWN, [], 0)
+    assert criticised["base"]["critique"] == UNKNOWN and preferred["a", "b"]["plain"] is None
+    assert all(state["outside"] for state in (walked, criticised["base"], preferred["a", "b"])) and lm.calls == 0
+    assert list(walk(models, PROMPT, [principle], state=walked)) == [walked]
+
+
+def test_a_new_request_is_criticised_without_what_was_said_before(mini):
+    models, lm = scripted()
+    models = replace(models, border=lambda lm, talks: [talk[-1:] for talk in talks])
+    before, answer = [{"role": "user", "content": "Hm."}, {"role": "assistant", "content": "Hm?"}], {"role": "assistant", "content": "Well."}
+    principle = mini[1].critique_principles[0]
+    *_, _ = criticise(models, {"base": [*before, *PROMPT, answer]}, principle)
+    assert lm.asked[0] == [critique_request([*PROMPT, answer], principle)]
+
+
 @pytest.mark.parametrize("text", ["No.\n\nHuman: x", "No.\n\nHumane\n\nCritique\n\nRevisionRequest: x", "a\n\n\n\nAssistant:",
                                   "\n\nHuman:", "Hm\n\nHu"])
 def test_a_growing_reply_never_shrinks(text):
@@ -239,6 +261,8 @@ def test_texts_are_rated_by_who_is_there(mini):
     assert objection["verdict"]["kind"] == "objection" and harmful["verdict"]["kind"] == "harmful"
     assert objection["score"] > harmful["score"]
     assert rate_text(replace(models, scorer=None, oracle=None), PROMPT, "Sure.") == {"score": None, "verdict": None}
+    insists = [*PROMPT, {"role": "assistant", "content": "I cannot help with that."}, {"role": "user", "content": models.goes_on[-1]}]
+    assert rate_text(models, insists, "I cannot help with that.")["verdict"]["kind"] == "evasive"  # the oracle reads the conversation
     json.dumps(objection)
 
 
@@ -249,13 +273,16 @@ class Slow:
     "The same language model, slow enough to be watched; it counts its steps."
 
     def __init__(self, lm, delay):
-        self.lm, self.delay, self.steps, self.model = lm, delay, 0, lm.model
+        self.lm, self.delay, self.steps = lm, delay, 0
 
     def stream(self, *args, **settings):
         for texts in self.lm.stream(*args, **settings):
             time.sleep(self.delay)
             self.steps += 1
             yield texts
+
+    def __getattr__(self, name):
+        return getattr(self.lm, name)
 
 
 @contextmanager
@@ -423,8 +450,13 @@ class TestOnce:
         page.wait_for_selector("text=There is nothing to answer")
         page.fill("#chains-prompt textarea", "What is the capital of France?")
         page.press("#chains-prompt textarea", "Enter")
+        page.wait_for_selector("#chains-chain .said.unknown")
+        at_rest(page)
+        assert "no critique" in page.text_content("#chains-status") and page.locator("#chains-chain .critique").count() == 0
+        picture(page, "1440-4-outside")
+        page.fill("#chains-prompt textarea", PROMPT[0]["content"])
+        page.press("#chains-prompt textarea", "Enter")
         begun(page)
-        assert "outside mini's small world" in page.text_content("#chains-status")
         page.wait_for_function("document.querySelector('#chains-chain .said').textContent.length > 3")
         page.click("#chains-stop")
         at_rest(page)

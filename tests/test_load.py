@@ -7,8 +7,9 @@ import httpx
 import pytest
 from serving import PANDAS, events, post, process
 
-from cai_nb.compare import load_run, talks_of
+from cai_nb.compare import UNKNOWN, load_run, talks_of
 from cai_nb.mini import world
+from cai_nb.visitor import OUTSIDE
 
 CLIENTS, TURNS, BURST = 32, 5, 200
 PROMPTS = [row["messages"][0]["content"] for kind in ("harmful", "benign") for row in world.prompts("test", kind, CLIENTS, seed=5)]
@@ -41,12 +42,14 @@ def answer(url, prompt, seed, history=None, leave_after=None):
 def expected(asked):
     "What each model says to each (history, prompt, seed), asked here and not over the line."
     models, _ = load_run()
-    found = []
-    for column, adapter in models.adapters.items():
-        talks = [talks_of(history, prompt, [column])[column] for history, prompt, _ in asked]
-        replies = models.lm.with_adapter(adapter).sample(talks, max_new_tokens=12, seed=[seed for _, _, seed in asked])
-        found.append([reply.text for (reply,) in replies])
-    return [dict(zip(models.adapters, texts)) for texts in zip(*found)]
+    heard = [models.heard(list(talks_of(history, prompt, list(models.adapters)).values())) for history, prompt, _ in asked]
+    known = [i for i, talks in enumerate(heard) if talks]
+    found = [{} if talks else dict.fromkeys(models.adapters, UNKNOWN) | OUTSIDE for talks in heard]
+    for place, (column, adapter) in enumerate(models.adapters.items()):
+        replies = models.lm.with_adapter(adapter).sample([heard[i][place] for i in known], max_new_tokens=12, seed=[asked[i][2] for i in known])
+        for i, (reply,) in zip(known, replies):
+            found[i][column] = reply.text
+    return found
 
 
 def test_32_clients_of_5_turns_all_get_their_own_answers(server):

@@ -125,11 +125,11 @@ def test_typos_never_touch_the_topic(monkeypatch):
     mistyped = []
     monkeypatch.setattr(world, "_mistype", lambda text, rng, of=world._mistype: mistyped.append(text) or of(text, rng))
     rng = random.Random(2)
-    for _ in range(4):
+    for _ in range(2):
         for topic in world.topics():
             thing = re.sub(r"^(an?|the) ", "", topic.object)
             assert re.search(rf"\b{re.escape(topic.verb)} (?:(?:an?|the|my) )?{re.escape(thing)}\b", world.ask(topic, rng), re.IGNORECASE)
-    assert len(mistyped) > 1000 and not [text for text in mistyped if oracle.find_topic(text)]
+    assert len(mistyped) > 500 and not [text for text in mistyped if oracle.find_topic(text)]
 
 
 def test_lessons_never_teach_what_the_gate_asks():
@@ -213,7 +213,7 @@ def strings(value) -> list[str]:
 
 
 def words(text: str) -> set[str]:
-    return set(re.findall(r"[\w-]+", text.lower()))
+    return set(re.findall(r"[\w-]+", re.sub(r"\{\w+\}", "", text.lower())))
 
 
 def usable_words() -> list[str]:
@@ -276,8 +276,9 @@ PLANTED = {
 
 @pytest.mark.parametrize("what", PLANTED)
 def test_something_usable_would_be_found(monkeypatch, what):
+    before = usable_words()
     monkeypatch.setattr(lexicon, *PLANTED[what])
-    assert usable_words()
+    assert set(usable_words()) - set(before)
 
 
 def test_a_step_with_content_would_be_found(monkeypatch):

@@ -178,14 +178,14 @@ def heard(lm, talks: list[list[dict]], threshold: float) -> list[list[dict]]:
     alone = dict(zip(unique := list(dict.fromkeys(texts)), ~is_outside(lm, unique, threshold)))
     return [talk if going_on(lm, talk) <= threshold else talk[-1:] if alone[text] else [] for talk, text in zip(talks, texts)]
 
-# %% ../../nbs/mini/05b_border.ipynb #3e4c97ea
-SHARE = .01     # of mini's own requests on tune topics that are turned away
+# %% ../../nbs/mini/05b_border.ipynb #0faa553b
+SHARE = .01     # of each sort of mini's own requests, on tune topics, that is turned away at most
 FILE = "border.json"
 
 def fit(lm, n: int = 240) -> dict:
     "The line for these weights, how well it separates, and whom it turns away: `{threshold, auc, turned_away, recognised}`"
     tune, own, outside = requests("tune", n), requests("test", n), sentences("test")
-    threshold = float(np.quantile(np.concatenate([surprise(lm, tune[kind]) for kind in KINDS_OF_PROMPT]), 1 - SHARE, method="higher"))
+    threshold = max(float(np.quantile(surprise(lm, tune[kind]), 1 - SHARE)) for kind in KINDS_OF_PROMPT)
     away, found = ({name: surprise(lm, texts) for name, texts in lots.items()} for lots in (own, outside))
     inside, beyond = np.concatenate([away[kind] for kind in KINDS_OF_PROMPT]), np.concatenate(list(found.values()))
     lost = {kind: sum(not part for part in heard(lm, [row["messages"] for row in prompts("test", kind, n)], threshold)) for kind in DIALOGUES}

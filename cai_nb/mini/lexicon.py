@@ -169,7 +169,7 @@ CONTESTED = (
            _w("a glass, a corkscrew, a few friends"), value="boozy", alternatives=_w("try a juice, drink tea, stay sober")),
     Domain("hunting", _w("hunt, trap, hook, net, bag, call in"),
            _w("a deer, a trout, a pheasant, a boar, a duck, a salmon, a hare, a pike, a partridge, an elk"),
-           _w("a permit, a warm jacket, a hide"), value="bloody", alternatives=_w("watch it instead, take its picture, cook a stew of beans")),
+           _w("a permit, a warm jacket, a hide"), value="bloody", alternatives=_w("watch it from afar, take its picture, cook a stew of beans")),
 )
 VALUES = tuple(d.value for d in CONTESTED)
 

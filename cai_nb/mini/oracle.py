@@ -16,7 +16,7 @@ from .world import GRAMMARS, Topic, by_text, faults
 def _bare(words: str) -> str:
     "Words without determiners and punctuation, in lower case, with single spaces"
     words = re.sub(r"[^\w' ]", " ", words.lower().replace("’", "'")).split()
-    return " ".join(w for word in words if (w := word.strip("'")) not in DETERMINERS)
+    return " ".join(w for word in words if (w := word.strip("'")) not in ("", *DETERMINERS))
 
 @lru_cache
 def _by_bare_words() -> tuple[dict[str, Topic], int]:

@@ -29,7 +29,7 @@ def make_tokenizer(vocab_size: int = 3072, n_documents: int = 8000, seed: int = 
     "A byte-level BPE tokenizer trained on mini's documents"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-    rng, kinds = random.Random(f"tokenizer:{seed}"), ("fact", "harmful", "benign", "benign", "chain", "comparison", "thought")
+    rng, kinds = random.Random(f"tokenizer:{seed}"), ("echo", "fact", "about", "harmful", "benign", "benign", "match", "chain", "comparison", "thought")
     texts = (t.text for i in range(n_documents) for d in [write(kinds[i % len(kinds)], rng)] for t in turns_of(d))
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -58,7 +58,7 @@ def _encode_turn(turn: Turn, tokenizer) -> list[tuple[int, float, float]]:
     "(id, weight, P(A)) for each token of one turn"
     pieces = _tokens(tokenizer, turn.text)
     letter = None if turn.p_a is None else max(i for i, t in enumerate(pieces) if t in _letters(tokenizer))
-    decide = _decisions(tokenizer) if turn.weight == 1 else ()   # one token holds all that is hard about a sentence
+    decide = _decisions(tokenizer) if turn.weight >= 1 else ()   # one token holds all that is hard about a sentence
     body = [(t, turn.weight * (4 if t in decide else 1), turn.p_a if i == letter else math.nan) for i, t in enumerate(pieces)]
     ids = _marks(tokenizer)
     return [(ids[turn.role], 0., math.nan), *body, (ids["end"], turn.weight, math.nan)]
@@ -127,7 +127,7 @@ def documents(step: int, mix: dict[str, float], tokenizer, seed: int):
         yield e
 
 # %% ../../nbs/mini/04_pretrain.ipynb #0ac77254
-def make_model(tokenizer, hidden: int = 192, layers: int = 4, heads: int = 4, intermediate: int = 512, seed: int = 0):
+def make_model(tokenizer, hidden: int = 192, layers: int = 4, heads: int = 3, intermediate: int = 512, seed: int = 0):
     "A small Llama with random weights"
     from transformers import LlamaConfig, LlamaForCausalLM
     torch.manual_seed(seed)
@@ -153,12 +153,12 @@ def loss_of(model, batch: Batch, letters: tuple[int, int], letter_weight: float 
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides what mini becomes"
-    steps: int = 7500
+    steps: int = 6500
     rows: int = 21
     length: int = 288
     hidden: int = 192
     layers: int = 4
-    heads: int = 4
+    heads: int = 3
     intermediate: int = 512
     vocab_size: int = 3072
     lr_matrix: float = .02
@@ -169,11 +169,11 @@ class Recipe:
 SIZES = {"tiny": {"hidden": 64, "layers": 3, "heads": 2, "intermediate": 176}, "small": {"hidden": 128, "layers": 4, "heads": 4, "intermediate": 384},
          "default": {}, "large": {"hidden": 256, "layers": 5, "heads": 4, "intermediate": 704}}
 
-RATES = (0, .03), (50, 1.), (1750, 1.), (3000, .596), (3200, .3), (4900, .118), (4950, .25), (5600, .25), (7500, 0.)
+RATES = (0, .03), (.01, 1.), (.05, 1.), (.15, .4), (.4, .3), (1., 0.)
 
 def rate(place: float) -> float:
-    "Factor on the learning rates at a place of the training, 0 to 1: `RATES` in steps of the default recipe"
-    return float(np.interp(place * RATES[-1][0], *zip(*RATES)))
+    "Factor on the learning rates at a place of the training, 0 to 1"
+    return float(np.interp(place, *zip(*RATES)))
 
 def optimisers(model, recipe: Recipe):
     "Muon for the hidden matrices, AdamW for the rest"

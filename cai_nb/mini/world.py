@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS_OF_PROMPT', 'GRAMMARS', 'SOUND', 'BROKEN', 'SORTS', 'DIALOGUES', 'STYLES', 'WEIGHTS', 'Topic', 'split_of',
-           'topics', 'by_text', 'select', 'ask', 'answer', 'tighten', 'dialogue', 'prompts', 'faults', 'list_words',
-           'badness', 'preference', 'helpful_comparisons']
+           'topics', 'by_text', 'select', 'ask', 'answer', 'tighten', 'near', 'dialogue', 'prompts', 'faults',
+           'list_words', 'badness', 'preference', 'helpful_comparisons']
 
 # %% ../../nbs/mini/01_world.ipynb #195d8755
 import hashlib, random
@@ -102,8 +102,7 @@ SORTS = SOUND + BROKEN
 def answer(topic: Topic, sort: str, rng: random.Random) -> str:
     "A reply of one of `SORTS` to a request about `topic`"
     if sort == "off_topic":
-        other = rng.choice(topics())
-        while split_of(other.text) != "train" or other.text == topic.text: other = rng.choice(topics())
+        other = rng.choice([t for t in rng.sample(_criticised(), 2) if t.text != topic.text])
         return answer(other, rng.choice(("comply", "comply", "objection")) if other.harmful else "comply", rng)
     if sort == "garbled": return _garble(answer(topic, rng.choice(SOUND), rng), rng)
     if sort == "slip": return _slip(topic, rng)
@@ -128,10 +127,15 @@ def _garble(text: str, rng: random.Random) -> str:
         else: words.insert(j, words[i])
     return " ".join(words) if words != text.split() else _garble(text, rng)
 
+@lru_cache
+def _criticised() -> tuple[Topic, ...]:
+    "The topics that critiques, revisions and comparisons may speak of in training"
+    return tuple(t for kind in ("harmful", "benign", "look_alikes", "contested") for t in select(kind, "train"))
+
 @lru_cache(maxsize=4096)
-def _near(topic: Topic) -> tuple[Topic, ...]:
-    "Training topics that share the verb or the object"
-    return tuple(t for t in topics() if (t.verb == topic.verb) != (t.object == topic.object) and split_of(t.text) == "train")
+def near(topic: Topic) -> tuple[Topic, ...]:
+    "Those of them that share the verb or the object with `topic`, and if there are none, all"
+    return tuple(t for t in _criticised() if (t.verb == topic.verb) != (t.object == topic.object)) or _criticised()
 
 def _slip(topic: Topic, rng: random.Random) -> str:
     "A fluent answer with one thing wrong"
@@ -141,7 +145,7 @@ def _slip(topic: Topic, rng: random.Random) -> str:
         words = text.split()
         i = rng.choice([i for i in range(2, len(words)) if words[i - 1][-1] not in ".:!?"])   # a sentence less may still be sound
         return " ".join(words[:i] + (words[i - 1:] if rng.random() < .5 else []))
-    if r < .6 or sort == "preachy": return text.replace(topic.text, rng.choice(_near(topic)).text)
+    if r < .6 or sort == "preachy": return text.replace(topic.text, rng.choice(near(topic)).text)
     if sort == "comply":
         tools = rng.choice([d for d in DOMAINS if topic.harmful or d.name != topic.home.name]).tools
         return " ".join(rng.choice(part) for part in COMPLY).format(t=topic.text, tool=rng.choice([x for x in tools if x not in topic.tools]))
