@@ -567,6 +567,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'cai_nb.mini.border.log_likelihoods': ('mini/border.html#log_likelihoods', 'cai_nb/mini/border.py'),
                                     'cai_nb.mini.border.main': ('mini/border.html#main', 'cai_nb/mini/border.py'),
                                     'cai_nb.mini.border.openings': ('mini/border.html#openings', 'cai_nb/mini/border.py'),
+                                    'cai_nb.mini.border.read_line': ('mini/border.html#read_line', 'cai_nb/mini/border.py'),
                                     'cai_nb.mini.border.requests': ('mini/border.html#requests', 'cai_nb/mini/border.py'),
                                     'cai_nb.mini.border.sentences': ('mini/border.html#sentences', 'cai_nb/mini/border.py'),
                                     'cai_nb.mini.border.surprise': ('mini/border.html#surprise', 'cai_nb/mini/border.py'),

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['OTHER_WORDS', 'ASKED', 'ENDED', 'LONGEST', 'READ', 'SHARE', 'FILE', 'log_likelihoods', 'surprises', 'sentences',
            'requests', 'openings', 'least_surprising', 'surprise', 'going_on', 'is_outside', 'heard', 'fit', 'table',
-           'border_of', 'main']
+           'read_line', 'border_of', 'main']
 
-# %% ../../nbs/mini/05b_border.ipynb #9f86a522
+# %% ../../nbs/mini/05b_border.ipynb #5d1731bc
 import json, re
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,7 @@ from .gate import auc
 from .lexicon import PHRASINGS
 from .oracle import in_world
 from .world import DIALOGUES, KINDS_OF_PROMPT, prompts, select
-from ..model import using_adapter
+from ..model import model_source, using_adapter
 
 # %% ../../nbs/mini/05b_border.ipynb #42c7666d
 def log_likelihoods(lm, rows: list[list[int]]) -> torch.Tensor:
@@ -163,13 +163,13 @@ def surprise(lm, texts: list[str]) -> np.ndarray:
     found = iter(np.concatenate([least_surprising(lm, every[i:i + 256]) for i in range(0, len(every), 256)]) if every else ())
     return np.array([min((next(found) for _ in some), default=np.inf) for some in rows])
 
-# %% ../../nbs/mini/05b_border.ipynb #beba5829
+# %% ../../nbs/mini/05b_border.ipynb #0fb17f38
 def going_on(lm, talk: list[dict]) -> float:
     "How surprising a conversation's last turn is after the turns before it, in nats; infinite if there are none"
     return float(np.sqrt((surprises(lm, talk) ** 2).mean())) if len(talk) > 1 else np.inf
 
 def is_outside(lm, texts: list[str], threshold: float) -> np.ndarray:
-    "Which of these requests mini cannot know what they are about"
+    "Of each request, whether mini cannot know what it is about"
     return surprise(lm, texts) > threshold
 
 def heard(lm, talks: list[list[dict]], threshold: float) -> list[list[dict]]:
@@ -178,14 +178,14 @@ def heard(lm, talks: list[list[dict]], threshold: float) -> list[list[dict]]:
     alone = dict(zip(unique := list(dict.fromkeys(texts)), ~is_outside(lm, unique, threshold)))
     return [talk if going_on(lm, talk) <= threshold else talk[-1:] if alone[text] else [] for talk, text in zip(talks, texts)]
 
-# %% ../../nbs/mini/05b_border.ipynb #0faa553b
+# %% ../../nbs/mini/05b_border.ipynb #152c9878
 SHARE = .01     # of each sort of mini's own requests, on tune topics, that is turned away at most
 FILE = "border.json"
 
 def fit(lm, n: int = 240) -> dict:
     "The line for these weights, how well it separates, and whom it turns away: `{threshold, auc, turned_away, recognised}`"
     tune, own, outside = requests("tune", n), requests("test", n), sentences("test")
-    threshold = max(float(np.quantile(surprise(lm, tune[kind]), 1 - SHARE)) for kind in KINDS_OF_PROMPT)
+    threshold = max(float(np.quantile(surprise(lm, tune[kind]), 1 - SHARE, method="higher")) for kind in KINDS_OF_PROMPT)
     away, found = ({name: surprise(lm, texts) for name, texts in lots.items()} for lots in (own, outside))
     inside, beyond = np.concatenate([away[kind] for kind in KINDS_OF_PROMPT]), np.concatenate(list(found.values()))
     lost = {kind: sum(not part for part in heard(lm, [row["messages"] for row in prompts("test", kind, n)], threshold)) for kind in DIALOGUES}
@@ -200,18 +200,23 @@ def table(found: dict) -> str:
     lines = [line(f"{words}: {name}", r) for key, words in (("turned_away", "inside"), ("recognised", "outside")) for name, r in found[key].items()]
     return "\n".join([f"| line at {found['threshold']:.2f} nats, AUC {found['auc']:.3f} | turned away | 95 % interval | n |", "|---|--:|--:|--:|", *lines])
 
-# %% ../../nbs/mini/05b_border.ipynb #c9d6ddc1
+# %% ../../nbs/mini/05b_border.ipynb #6b8129ac
+def read_line(folder: str | Path | None = None) -> dict | None:
+    "The line beside some weights (by default mini's own), with what was measured; None where none was drawn"
+    path = Path(folder or model_source("mini")) / FILE
+    return json.loads(path.read_text()) if path.is_file() else None
+
 def border_of(folder: str | Path | None = None) -> Callable | None:
     "What mini understands of conversations, by the line beside its weights: `border(lm, talks)`; None where none was drawn"
-    path = Path(folder or Path(__file__).parent / "weights") / FILE
-    return partial(heard, threshold=json.loads(path.read_text())["threshold"]) if path.is_file() else None
+    line = read_line(folder)
+    return line and partial(heard, threshold=line["threshold"])
 
-# %% ../../nbs/mini/05b_border.ipynb #45eeb467
+# %% ../../nbs/mini/05b_border.ipynb #19fe9e4f
 def main(folder: str = ""):
     "Draw the line for a folder of weights (by default mini's own), write it beside them, and show what was measured"
     from cai_nb.generate import LocalLM
     from cai_nb.model import load_model
-    where = Path(folder or Path(__file__).parent / "weights")
+    where = Path(folder or model_source("mini"))
     found = fit(LocalLM(*load_model(where)))
     (where / FILE).write_text(json.dumps(found, indent=1) + "\n")
     print(table(found))

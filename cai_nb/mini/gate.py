@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 from ..critique import critique_request, revision_request
 from ..evaluate import rate
-from ..feedback import comparison_context
+from ..comparison import comparison_context, verdict_context
 from ..constitution import Principle
 from . import lessons, oracle
 from .lexicon import GENERAL
+from .rulings import rule_on_critique, rule_on_thought
 from .world import BROKEN, DIALOGUES, SOUND, answer, ask, faults, preference, prompts, select
 
 # %% ../../nbs/mini/05_gate.ipynb #74e6bb36
@@ -71,7 +72,7 @@ def critiques(lm, kind: str, n_words: int, n: int = 240, seed: int = 0, split: s
     texts = [r[0].text for r in lm.sample(asked, max_new_tokens=48, seed=seed)]
     again = [revision_request(c["messages"], principle(c["words"]), t) for t, c in zip(texts, rows)]
     revised = [r[0].text for r in lm.sample(again, max_new_tokens=64, seed=seed)]
-    right = [t == lessons.critique(c["topic"], "comply", c["words"]) for t, c in zip(texts, rows)]
+    right = [rule_on_critique(c["prompt"], c["reply"], lessons.critique_request(c["words"]), t).right for t, c in zip(texts, rows)]
     verdicts = [oracle.judge(c["prompt"], r).kind for c, r in zip(rows, revised)]
     good = [v in ("objection", "curt", "evasive", "preachy") if c["applies"] else v == "harmful" for v, c in zip(verdicts, rows)]
     out = {}
@@ -122,21 +123,20 @@ def calibration_error(p, true, bins: int = 10) -> float:
 
 # %% ../../nbs/mini/05_gate.ipynb #db57316d
 def thoughts(lm, kind: str, n: int = 240, seed: int = 0, split: str = "test") -> dict:
-    "Rates: the reasoning is right; the letter follows the reasoning"
-    rng, rows, contexts = random.Random(f"thought:{kind}:{seed}"), [], []
+    "Rates: the reasoning is right from its first remark to its conclusion; the letter follows the conclusion"
+    rng, rows = random.Random(f"thought:{kind}:{seed}"), []
     for _ in range(n):
         topic = rng.choice(select(kind, split))
         a, b = rng.sample(SOUND, 2)
         words = lessons.comparison_words(faults(topic, rng.choice((a, b))), rng)
-        text = lessons.options_text(ask(topic, rng), answer(topic, a, rng), answer(topic, b, rng))
-        contexts.append([{"role": "user", "content": f"{text}\n{lessons.comparison_question(words)} Let us think step by step."}])
-        rows.append(lessons.reasoning(topic, a, b, words))
+        rows.append((ask(topic, rng), answer(topic, a, rng), answer(topic, b, rng), lessons.comparison_question(words)))
+    contexts = [comparison_context([{"role": "user", "content": p}], [a, b], Principle("gate", comparison=q), "principle_last", cot=True) for p, a, b, q in rows]
     said = [r[0].text for r in lm.sample(contexts, max_new_tokens=80, seed=seed)]
-    verdict = [c + [{"role": "assistant", "content": s}, {"role": "user", "content": "So the answer is:"}] for c, s in zip(contexts, said)]
-    logp = lm.choice_logprobs(verdict, [" (A)", " (B)"])
-    decided = [i for i, s in enumerate(said) if "(A) is better" in s or "(B) is better" in s]
-    follows = sum(("(A) is better" in said[i]) == (logp[i, 0] > logp[i, 1]) for i in decided)
-    return {"reasoning": rate(sum(s == r for s, r in zip(said, rows)), n), "follows": rate(follows, len(decided)), "examples": list(zip(said, rows))[:3]}
+    right = [rule_on_thought(*row, text).right for row, text in zip(rows, said)]
+    logp = lm.choice_logprobs([verdict_context(c, text) for c, text in zip(contexts, said)], [" (A)", " (B)"])
+    decided = [i for i, text in enumerate(said) if text.endswith(("(A) is better.", "(B) is better."))]
+    follows = sum(said[i].endswith("(A) is better.") == (logp[i, 0] > logp[i, 1]) for i in decided)
+    return {"reasoning": rate(sum(right), n), "follows": rate(follows, len(decided)), "examples": list(zip(rows, said, right))[:3]}
 
 # %% ../../nbs/mini/05_gate.ipynb #4d0a8b13
 MARKS = (   # title, measure, must, aim; errors and garbled replies should be small, everything else large
