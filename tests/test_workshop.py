@@ -201,14 +201,14 @@ def some(*ids):
 def test_one_runs_one_waits_and_the_third_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(workbench, "start_run", pretend("import time; time.sleep(60)"))
     bench = Workbench(tmp_path)
-    one, two = bench.start(some("bad")), bench.start(some("wrong"))
-    assert (one.state, two.state, bench.start(some("bad")).id) == ("running", "waiting", one.id)
+    one, two = bench.start(some("unethical")), bench.start(some("harmful"))
+    assert (one.state, two.state, bench.start(some("unethical")).id) == ("running", "waiting", one.id)
     with pytest.raises(CaiError, match="Another training runs and one waits.*SL-CAI alone, starting"):
         bench.start(some("harmful"))
     bench.cancel()
     wait_for(lambda: bench.look().id == two.id)
     assert bench.look().state == "running" and bench.next is None
-    bench.start(some("bad"))
+    bench.start(some("unethical"))
     bench.close()
     assert bench.running is None and {t.state for t in bench.trainings()} == {"stopped"}
 
@@ -219,7 +219,7 @@ def test_one_runs_one_waits_and_the_third_is_told(tmp_path, monkeypatch):
 def test_what_fails_says_why_in_a_sentence(tmp_path, monkeypatch, code, words):
     monkeypatch.setattr(workbench, "start_run", pretend(code))
     bench = Workbench(tmp_path)
-    bench.start(some("bad"))
+    bench.start(some("unethical"))
     wait_for(lambda: bench.look().state != "running")
     assert bench.look().state == "failed" and words in bench.look().error and "\n" not in str(bench.look())
     assert Workbench(tmp_path).trainings()[0].error == bench.look().error
@@ -231,7 +231,7 @@ def test_who_does_not_listen_is_forced(tmp_path, monkeypatch):
     monkeypatch.setattr(workbench, "start_run", pretend(deaf))
     monkeypatch.setattr(workbench, "end_group", lambda process: workbench_end(process, 0.5))
     bench = Workbench(tmp_path)
-    folder = bench.start(some("bad")).folder
+    folder = bench.start(some("unethical")).folder
     wait_for(lambda: (folder / "training.log").read_text().strip())
     pid, child = bench.running.process.pid, int((folder / "training.log").read_text())
     bench.cancel()
@@ -244,13 +244,13 @@ workbench_end = workbench.end_group
 def test_folders_that_cannot_be_written_and_too_many(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     with pytest.raises(CaiError, match="nothing was trained"):
-        Workbench(tmp_path / "file").start(some("bad"))
+        Workbench(tmp_path / "file").start(some("unethical"))
     monkeypatch.setattr(workbench, "MAX_KEPT", 1)
     monkeypatch.setattr(workbench, "start_run", pretend("pass"))
     bench = Workbench(tmp_path)
-    bench.start(some("bad"))
+    bench.start(some("unethical"))
     with pytest.raises(CaiError, match="1 trainings lie there already; remove some"):
-        bench.start(some("wrong"))
+        bench.start(some("harmful"))
     with pytest.raises(CaiError, match="no such training"):
         bench.resume("../../etc-sl")
     bench.close()
@@ -344,8 +344,8 @@ def client(served):
 def test_endpoints_check_and_try(client):
     assert set(client.view_api(return_format="dict", print_info=False)["named_endpoints"]) == {"/check", "/try_principle"}
     assert client.predict(MINI, api_name="/check") == []
-    (problem,) = client.predict(MINI.replace("id: wrong\n", "id: bad\n"), api_name="/check")
-    assert problem["line"] == 45 and problem["key"].endswith(".id") and problem["fix"]
+    (problem,) = client.predict(MINI.replace("id: unethical\n", "id: harmful\n"), api_name="/check")
+    assert problem["line"] == MINI[:MINI.index("id: unethical\n")].count("\n") + 1 and problem["key"].endswith(".id") and problem["fix"]
     seen = list(client.submit(TALK[0]["content"], "Look at the reply. Is that violent?", "Rewrite the reply so that it is not violent.", 3, api_name="/try_principle"))
     for before, after in zip(seen, seen[1:]):
         assert all(after[key].startswith(before[key]) for key in after)

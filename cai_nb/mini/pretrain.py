@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
-from .lessons import PHASES, Document, Turn, phase_at, write
+from .lessons import STEPS, Document, Turn, phase_at, write
 
 # %% ../../nbs/mini/04_pretrain.ipynb #988220ef
 PAD, END = "<|pad|>", "<|end|>"
@@ -153,7 +153,7 @@ def loss_of(model, batch: Batch, letters: tuple[int, int], letter_weight: float 
 @dataclass(frozen=True)
 class Recipe:
     "Everything that decides what mini becomes"
-    steps: int = 6500
+    steps: int = STEPS
     rows: int = 21
     length: int = 288
     hidden: int = 192
@@ -169,11 +169,11 @@ class Recipe:
 SIZES = {"tiny": {"hidden": 64, "layers": 3, "heads": 2, "intermediate": 176}, "small": {"hidden": 128, "layers": 4, "heads": 4, "intermediate": 384},
          "default": {}, "large": {"hidden": 256, "layers": 5, "heads": 4, "intermediate": 704}}
 
-RATES = (0, .03), (.01, 1.), (.05, 1.), (.15, .4), (.4, .3), (1., 0.)
+RATES = (0, .03), (65, 1.), (325, 1.), (975, .4), (2600, .3), (6500, 0.), (6550, .3), (STEPS, 0.)
 
 def rate(place: float) -> float:
-    "Factor on the learning rates at a place of the training, 0 to 1"
-    return float(np.interp(place, *zip(*RATES)))
+    "Factor on the learning rates at a place of the training, 0 to 1: early down from a high start, and a second, gentler round"
+    return float(np.interp(place * STEPS, *zip(*RATES)))
 
 def optimisers(model, recipe: Recipe):
     "Muon for the hidden matrices, AdamW for the rest"
