@@ -101,4 +101,4 @@ def test_what_people_ask_an_assistant_is_recognised(models, shared_data):
     rows = map(json.loads, gzip.open(shared_data / "hh-rlhf" / "harmless-base-test.part.jsonl.gz", "rt", encoding="utf-8"))
     asked = [parse_transcript(row["chosen"])[0]["content"] for _, row in zip(range(400), rows)]
     outside = [not part for part in models.border(models.lm, [[{"role": "user", "content": text}] for text in asked])]
-    assert np.mean(outside) > 0.85, [text for text, out in zip(asked, outside) if not out]
+    assert np.mean(outside) > 0.95, [text for text, out in zip(asked, outside) if not out]
