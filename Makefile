@@ -43,6 +43,7 @@ outputs: .venv/.ready-dev
 mini: .venv/.ready
 	$(BIN)/python -m cai_nb.mini.pretrain
 	$(BIN)/python -m cai_nb.mini.gate
+	$(BIN)/python -m cai_nb.mini.border
 
 bench: .venv/.ready-dev
 	set -e; for script in $(sort $(filter-out %/reach.py,$(wildcard benchmarks/*.py))); do $(BIN)/python $$script; done
