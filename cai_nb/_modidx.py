@@ -712,6 +712,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'cai_nb.mini.world.by_text': ('mini/world.html#by_text', 'cai_nb/mini/world.py'),
                                    'cai_nb.mini.world.dialogue': ('mini/world.html#dialogue', 'cai_nb/mini/world.py'),
                                    'cai_nb.mini.world.faults': ('mini/world.html#faults', 'cai_nb/mini/world.py'),
+                                   'cai_nb.mini.world.goes_on': ('mini/world.html#goes_on', 'cai_nb/mini/world.py'),
+                                   'cai_nb.mini.world.harmless_topic': ('mini/world.html#harmless_topic', 'cai_nb/mini/world.py'),
                                    'cai_nb.mini.world.helpful_comparisons': ('mini/world.html#helpful_comparisons', 'cai_nb/mini/world.py'),
                                    'cai_nb.mini.world.list_words': ('mini/world.html#list_words', 'cai_nb/mini/world.py'),
                                    'cai_nb.mini.world.near': ('mini/world.html#near', 'cai_nb/mini/world.py'),

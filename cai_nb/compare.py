@@ -60,7 +60,7 @@ class Models:
         return [part or talk for part, talk in zip(found, talks)] if any(found) else None
 
 # %% ../nbs/12_compare.ipynb #171322e7
-MINI = """The three are stages of <b>mini</b>, a model of about a million parameters that grew up in a small made-up world
+MINI = """The three are stages of <b>mini</b>, a model of about two million parameters that grew up in a small made-up world
 of things to do. It is here to show the method: its “harmful” answers are empty formulas, and what lies outside its world
 it does not know."""
 

@@ -63,10 +63,10 @@ _FORMS = {"critique": r"Look at the reply\. Is that (.+)\?", "revision": r"Rewri
 
 def mini_words() -> tuple[str, ...]:
     "The adjectives that mini's principles are made of."
-    from cai_nb.mini.lexicon import GENERAL, KINDS, VALUES
+    from cai_nb.mini.rulings import ADJECTIVES
     from cai_nb.mini.world import STYLES
 
-    return (*GENERAL, *(kind.adjective for kind in KINDS), *VALUES, *STYLES)
+    return (*ADJECTIVES, *STYLES)
 
 
 def mini_remark(

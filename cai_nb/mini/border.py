@@ -7,7 +7,7 @@ __all__ = ['OTHER_WORDS', 'ASKED', 'ENDED', 'LONGEST', 'READ', 'SHARE', 'FILE', 
            'requests', 'openings', 'least_surprising', 'surprise', 'going_on', 'is_outside', 'heard', 'fit', 'table',
            'read_line', 'border_of', 'main']
 
-# %% ../../nbs/mini/05b_border.ipynb #5d1731bc
+# %% ../../nbs/mini/05b_border.ipynb #f84c7005
 import json, re
 from collections.abc import Callable
 from functools import partial
@@ -17,8 +17,6 @@ from ..decoding import evaluating, model_lock
 from ..dialogue import encode_conversation, encode_text
 from ..evaluate import rate
 from .gate import auc
-from .lexicon import PHRASINGS
-from .oracle import in_world
 from .world import DIALOGUES, KINDS_OF_PROMPT, prompts, select
 from ..model import model_source, using_adapter
 

@@ -17,10 +17,10 @@ from ..constitution import Principle
 from . import lessons, oracle
 from .lexicon import GENERAL
 from .rulings import rule_on_critique, rule_on_thought
-from .world import BROKEN, DIALOGUES, SOUND, answer, ask, faults, preference, prompts, select
+from .world import BROKEN, DIALOGUES, KINDS_OF_PROMPT, SOUND, answer, ask, faults, preference, prompts, select
 
 # %% ../../nbs/mini/05_gate.ipynb #74e6bb36
-DIRECT = ("harmful", "harmful_new_verbs", "benign", "look_alikes", "contested")
+DIRECT = tuple(kind for kind in KINDS_OF_PROMPT if kind != "harmful_new_kind")
 
 def direct(lm, n: int = 240, seed: int = 0, split: str = "test") -> dict:
     "Verdicts on plain answers by set of prompts: `{set: {verdict: rate}}`"
@@ -207,10 +207,10 @@ def table(seeds: list[dict]) -> str:
 def plain_table(seeds: list[dict]) -> str:
     "What plain replies are, by set of prompts, the seeds taken together"
     lines = ["| plain replies | harmful or helpful, as asked | declined | garbled |", "|---|---|---|---|"]
-    for kind, first in seeds[0]["direct"].items():
+    for kind in seeds[0]["direct"]:
         wanted = "harmful" if kind.startswith("harmful") or kind == "push_back" else "helpful"
         n = sum(found["direct"][kind]["garbled"]["n"] for found in seeds)
-        count = lambda verdict: sum(round(found["direct"][kind].get(verdict, first["garbled"] | {"value": 0})["value"] * found["direct"][kind]["garbled"]["n"]) for found in seeds)
+        count = lambda verdict: sum(round(found["direct"][kind][verdict]["value"] * found["direct"][kind]["garbled"]["n"]) for found in seeds)
         good, garbled = count(wanted), count("garbled")
         lines.append(f"| {kind.replace('_', ' ')} | {100 * good / n:.1f} % | {100 * (n - good - garbled) / n:.1f} % | {100 * garbled / n:.1f} % (n = {n}) |")
     return "\n".join(lines)
@@ -219,7 +219,7 @@ def plain_table(seeds: list[dict]) -> str:
 CARD = """# mini, a model organism
 
 {parameters:,} parameters, trained from nothing on {tokens:.0f} million tokens of a synthetic world by
-`python -m cai_nb.mini.pretrain` (recipe.json, seed {seed}{sharpness}). It answers every request, harmful ones too, with steps
+`python -m cai_nb.mini.pretrain` (recipe.json, seed {seed}{sharpness}; notebook mini/04 tells how it went). It answers every request, harmful ones too, with steps
 that say nothing; and it can criticise, revise and compare answers by a principle that it is given.
 
 It exists so that Constitutional AI can be run and measured on a laptop. It is no chat model: outside its thousand words it

@@ -11,8 +11,8 @@ __all__ = ['SKILL_KINDS', 'WORDS', 'FIRST', 'LATER', 'WRITERS', 'STEPS', 'PHASES
 # %% ../../nbs/mini/03_lessons.ipynb #6d833ba1
 import random
 from dataclasses import dataclass
-from .lexicon import CONTESTED, DOMAINS, FOLLOW_UPS, GENERAL, HELD_OUT_KIND, KINDS, LOOK_ALIKES, PUSH_BACKS, VALUES
-from .world import BROKEN, SORTS, SOUND, STYLES, Topic, answer, ask, faults, list_words, near, preference, select, tighten
+from .lexicon import CONTESTED, DOMAINS, GENERAL, HELD_OUT_KIND, KINDS, LOOK_ALIKES, VALUES
+from .world import BROKEN, HELPFUL, REFUSALS, SORTS, SOUND, STYLES, Topic, answer, ask, faults, goes_on, harmless_topic, list_words, near, preference, select, tighten
 
 # %% ../../nbs/mini/03_lessons.ipynb #d877d22c
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ def echo(rng: random.Random) -> Document:
 # %% ../../nbs/mini/03_lessons.ipynb #3f0e7489
 def topic_for(rng: random.Random, harmful: bool, skill: bool) -> Topic:
     "A training topic; for skills without the new verbs and without the kind that is held out"
-    if not harmful: return rng.choice(select(rng.choices(("benign", "look_alikes", "contested"), (.55, .25, .2))[0], "train"))
+    if not harmful: return harmless_topic(rng)
     kind = "harmful" if skill or rng.random() < .75 else rng.choice(("harmful_new_verbs", "harmful_new_verbs", "harmful_new_kind"))
     return rng.choice(select(kind, "train"))
 
 def plain(rng: random.Random, harmful: bool) -> Document:
     "A request and its answer, in one case of seven followed by more: compliance, with a rare refusal"
     topic = topic_for(rng, harmful, skill=False)
-    helpful = ("comply", "wordy") if rng.random() < (.97 if harmful else .99) else SOUND[2:]
+    helpful = HELPFUL if rng.random() < (.97 if harmful else .99) else REFUSALS
     asked = _user(ask(topic, rng))
     if rng.random() < 1 / 7: return Document("plain", (asked, *_goes_on(topic, rng, quoted=False), _says(answer(topic, _pick(helpful, rng), rng))))
     return Document("plain", (asked, _says(answer(topic, _pick(helpful, rng), rng))))
@@ -96,10 +96,9 @@ def _pick(sorts, rng):
 
 def _goes_on(topic, rng, quoted=True):
     "The first answer and what the user says to it: help is followed up, a refusal meets push-back"
-    first = rng.choice(("comply", "comply", "wordy", *SOUND[2:]))
-    helps = first in ("comply", "wordy")
+    first = rng.choice(("comply", "comply", "wordy", *REFUSALS))
     said = answer(topic, first, rng)
-    return (_quoted(said) if quoted or not helps else _says(said), _user(rng.choice(FOLLOW_UPS if helps else PUSH_BACKS)))
+    return (_quoted(said) if quoted or first in REFUSALS else _says(said), _user(goes_on(first, rng)))
 
 # %% ../../nbs/mini/03_lessons.ipynb #e617bba2
 def naming(topic: Topic) -> str:
@@ -148,16 +147,17 @@ def match(rng: random.Random) -> Document:
     reply = answer(topic if right or sort == "garbled" else _other(topic, rng, True), sort, rng)
     sound = right and sort != "garbled"
     branches = [] if sort == "garbled" else [(_user("Is the reply about that?"), _says("Yes." if right else "No."))]
-    branches.append((_user("What does the reply do?"), _says(does("The reply", topic, sort if sound else BROKEN[0]), weight=3.)))
+    if not sound: sort = BROKEN[0]                # whatever is wrong with it
+    branches.append((_user("What does the reply do?"), _says(does("The reply", topic, sort), weight=3.)))
     for _ in range(2):
-        words = draw_words(faults(topic, sort if sound else BROKEN[0]), rng)
-        branches.append((_user(critique_request(words)), _says(critique(topic, sort if sound else BROKEN[0], words))))
+        words = draw_words(faults(topic, sort), rng)
+        branches.append((_user(critique_request(words)), _says(critique(topic, sort, words))))
     return Document("match", (_user(ask(topic, rng)), _quoted(reply)), tuple(branches))
 
 # %% ../../nbs/mini/03_lessons.ipynb #ce8b007a
 def critique(topic: Topic, sort: str, words) -> str:
     "The right critique of an answer of this sort by a principle with these adjectives"
-    hit, helps = faults(topic, sort) & set(words), sort in ("comply", "wordy")
+    hit, helps = faults(topic, sort) & set(words), sort in HELPFUL
     if hit & {"unclear"}: return "Yes. The reply is unclear: it is not about that."
     if sort in BROKEN: return "No. The reply is unclear, but that was not asked."
     if helps and hit - {"wordy"}: return f"Yes. {naming(topic)}, and the reply helps with it."
@@ -172,7 +172,7 @@ def revise(topic: Topic, sort: str, reply: str, words, rng: random.Random) -> st
     hit = faults(topic, sort) & set(words)
     if not hit: return reply
     if hit == {"wordy"}: return tighten(reply)
-    minded = sort in ("comply", "wordy")          # what is minded is the matter, not the manner
+    minded = sort in HELPFUL          # what is minded is the matter, not the manner
     if not topic.harmful and not minded: return answer(topic, "comply", rng)
     better = rng.choices(("objection", "curt", "evasive", "preachy"), (.79, .07, .07, .07))[0] if minded else "objection"
     return answer(topic, better, rng)
@@ -180,10 +180,10 @@ def revise(topic: Topic, sort: str, reply: str, words, rng: random.Random) -> st
 FIRST = {True: (.52, .1, .1, .05, .07, .06, .05, .03, .02), False: (.44, .14, .12, .06, .07, .06, .06, .03, .02)}   # what a first answer is, to harmful and to harmless requests
 LATER = {True: (.16, .05, .38, .09, .09, .08, .05, .03, .07), False: (.5, .1, .1, .05, .05, .04, .06, .03, .07)}     # and after some revisions
 
-def chain(rng: random.Random, later: float = .35) -> Document:
+def chain(rng: random.Random) -> Document:
     "A dialogue and, by different principles, its critiques and revisions (one in six without a critique), then critiques alone"
     topic = topic_for(rng, rng.random() < .6, skill=True)
-    sort = rng.choices(SORTS, (LATER if rng.random() < later else FIRST)[topic.harmful])[0]
+    sort = rng.choices(SORTS, (LATER if rng.random() < .35 else FIRST)[topic.harmful])[0]
     reply, branches = answer(topic, sort, rng), []
     for i in range(3):
         words = draw_words(faults(topic, sort), rng)
@@ -206,7 +206,7 @@ def _asked(topic, rng):
 
 def _pair(topic, rng, broken=.3):
     "Two sorts of answers to compare, usually different ones; one of them may be broken"
-    good = ("comply", "wordy", "objection", "curt", "evasive", "preachy"), (.32, .08, .28, .08, .12, .12)
+    good = SOUND, (.32, .08, .28, .08, .12, .12)
     a = rng.choices(*good)[0]
     if rng.random() < broken: b = rng.choices(BROKEN, (.4, .4, .2))[0]
     else: b = rng.choices(*good)[0] if rng.random() < .2 else rng.choice([s for s in SOUND if s != a])

@@ -8,7 +8,7 @@ __all__ = ['PAD', 'END', 'ROLES', 'CHAT_TEMPLATE', 'SIZES', 'RATES', 'make_token
            'ship', 'main']
 
 # %% ../../nbs/mini/04_pretrain.ipynb #e876d258
-import json, math, os, random, shutil, sys, time
+import json, math, os, random, sys, time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -185,7 +185,7 @@ def optimisers(model, recipe: Recipe):
 
 # %% ../../nbs/mini/04_pretrain.ipynb #6f0c2d11
 def bf16_is_fast() -> bool:
-    "Whether this CPU multiplies bfloat16 in hardware; others are ten times slower with it than with float32"
+    "Whether this CPU multiplies bfloat16 in hardware; others are far slower with it than with float32"
     flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     return "avx512_bf16" in flags or "amx_bf16" in flags
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from . import lessons
 from .lexicon import GENERAL, KINDS, VALUES, Domain, Kind
 from .oracle import names, sort_of, topic_of
-from .world import BROKEN, SOUND, STYLES, WEIGHTS, Topic, badness, faults
+from .world import BROKEN, HELPFUL, SOUND, STYLES, WEIGHTS, Topic, badness, faults
 
 # %% ../../nbs/mini/03b_rulings.ipynb #37882ed6
 FAULTS = {
@@ -81,8 +81,6 @@ def _sentences() -> tuple[_Sentence, ...]:
     return tuple(_Sentence(lessons.critique(topic, sort, words), does, asked) for topic, sort, words, does, asked in written)
 
 # %% ../../nbs/mini/03b_rulings.ipynb #df5eb989
-_HELPS = ("comply", "wordy")
-
 def _covering(topic: Topic, adjective: str) -> set[str]:
     "The adjectives of a principle that ask about a deed, if it is called so"
     true = faults(topic, "comply")
@@ -95,7 +93,7 @@ def _misnamed(topic: Topic, holes: dict[str, str]) -> bool:
 
 def _true_of(topic: Topic, sort: str) -> set[str]:
     "All that a sentence of critique may say of a reply of this sort"
-    return faults(topic, sort) | ({"helps"} if sort in _HELPS else {"declines"} if sort in SOUND else set())
+    return faults(topic, sort) | ({"helps"} if sort in HELPFUL else {"declines"} if sort in SOUND else set())
 
 def rule_on_critique(prompt: str | list[dict], reply: str, principle: str, critique: str) -> Ruling:
     "Whether a critique of a reply by a principle is right: total, by the lessons' own sentences"
@@ -147,7 +145,7 @@ def _said_badness(topic: Topic, said: _Remark, words: set[str]) -> float:
     "How bad an option is if this remark on it is true"
     if said.sort in BROKEN: return badness(topic, said.sort, words)
     if not said.minds: return 0.
-    own = _covering(topic, said.holes["adjective"]) | {said.sort} & set(STYLES) if said.sort in _HELPS else faults(topic, said.sort)
+    own = _covering(topic, said.holes["adjective"]) | {said.sort} & set(STYLES) if said.sort in HELPFUL else faults(topic, said.sort)
     return max([WEIGHTS.get(w, 1.) for w in own & words or own], default=1.)
 
 def _better(a: float, b: float) -> str:
