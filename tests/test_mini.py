@@ -146,7 +146,7 @@ def test_lessons_never_teach_what_the_gate_asks():
                 continue
             named = [topic for turn in turns for s in sentences(turn.text) if (topic := oracle.find_topic(s))]
             assert named and all(world.split_of(topic.text) == "train" for topic in named)
-            if doc.kind in ("plain", "fact"):
+            if doc.kind in ("plain", "fact", "about"):  # these may know the new verbs
                 continue
             judged = [turn.text for turn in turns if turn.role == "assistant" and re.match(r"Yes|No|The reply|\([AB]\)", turn.text)]
             matters = [oracle.find_topic(s) for text in [doc.trunk[0].text.split("\n")[0], *judged] for s in sentences(text)]
