@@ -119,7 +119,7 @@ def nearest(
 class Sharp:
     "A pair of replies on which two constitutions stand against each other."
 
-    asked: str  # what the human said last
+    asked: str  # what the user said last, after the turn before it
     responses: tuple[str, str]
     p_a: tuple[float, float]  # of each constitution as a whole: probability that the first reply is the better one
     voices: tuple[tuple[str, float], ...]  # of each: id and vote of the principle that takes its side most firmly

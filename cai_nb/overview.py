@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from .cards import note, table
-from .evaluate import KINDS, TITLES, kinds_by_revision, table_rows
+from .evaluate import TITLES, kinds_by_revision, table_rows
 from .recipe import STAGES
 from .records import FILES, Records, records, share, stamp, tried
 from .report import CAPTIONS, STYLE, esc, flat, read_json
@@ -56,7 +56,7 @@ def _outcomes(metrics: dict, opened: Records) -> str:
 
 def _largest(kinds: dict) -> str:
     "The kinds of reply with at least a twentieth of the replies, the largest first."
-    shares = sorted(((kinds[k]["value"] or 0, k.replace("_", " ")) for k in KINDS), reverse=True)
+    shares = sorted(((found["value"] or 0, kind.replace("_", " ")) for kind, found in kinds.items()), reverse=True)
     return ", ".join(f"{share(value, 0)} {kind}" for value, kind in shares if value >= 0.05)
 
 

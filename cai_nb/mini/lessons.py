@@ -223,13 +223,13 @@ def comparison_words(deserved, rng, longest=5):
     return draw_words(deserved, rng)
 
 # %% ../../nbs/mini/03_lessons.ipynb #d9cd2de5
-def comparison(rng: random.Random, longest: int = 5, broken: float = .3) -> Document:
+def comparison(rng: random.Random, longest: int = 5, broken: float = .3, questions: int = 4, draw=comparison_words) -> Document:
     "Two replies, what each of them does, and by different principles the probability that the first is the better one"
     topic = topic_for(rng, rng.random() < .75, skill=True)
     a, b = _pair(topic, rng, broken) if longest > 1 or rng.random() < .2 else rng.sample(("comply", "comply", "objection", "evasive", "preachy"), 2)
     text, branches = options_text(_asked(topic, rng), answer(topic, a, rng), answer(topic, b, rng)), []
-    for _ in range(4):
-        words = comparison_words(faults(topic, rng.choice((a, b))), rng, longest)
+    for _ in range(questions):
+        words = draw(faults(topic, rng.choice((a, b))), rng, longest)
         p = preference(topic, a, b, words)
         said = ("Yes." if (faults(topic, a) | faults(topic, b)) & set(words) else "No.") if rng.random() < .25 else ""
         letter = " (A)" if rng.random() < p else " (B)"
@@ -248,13 +248,13 @@ def reasoning(topic: Topic, a: str, b: str, words) -> str:
     end = "So neither is better." if abs(p - .5) < .02 else f"So ({'A' if p > .5 else 'B'}) is better."
     return f"{remark('A', topic, a, words)} {remark('B', topic, b, words)} {end}"
 
-def thought(rng: random.Random) -> Document:
+def thought(rng: random.Random, questions: int = 2, draw=comparison_words) -> Document:
     "Two replies, and by different principles a chain of thought with its verdict"
     topic = topic_for(rng, rng.random() < .75, skill=True)
     a, b = _pair(topic, rng)
     text, branches = options_text(_asked(topic, rng), answer(topic, a, rng), answer(topic, b, rng)), []
-    for _ in range(2):
-        words = comparison_words(faults(topic, rng.choice((a, b))), rng)
+    for _ in range(questions):
+        words = draw(faults(topic, rng.choice((a, b))), rng)
         p = preference(topic, a, b, words)
         sure = .5 if abs(p - .5) < .02 else .98 if p > .5 else .02
         branches.append((_user(comparison_question(words) + " Let us think step by step."), _says(reasoning(topic, a, b, words)),
@@ -265,7 +265,9 @@ def thought(rng: random.Random) -> Document:
 WRITERS = {"echo": echo, "first_fact": lambda rng: fact(rng, longest=1), "fact": fact, "about": about, "match": match,
            "harmful": lambda rng: plain(rng, True), "benign": lambda rng: plain(rng, False), "chain": chain,
            "first_comparison": lambda rng: comparison(rng, longest=1), "comparison": comparison,
-           "broken_comparison": lambda rng: comparison(rng, broken=.5), "thought": thought}
+           "broken_comparison": lambda rng: comparison(rng, broken=.5), "thought": thought,
+           "close_comparison": lambda rng: comparison(rng, broken=.4, questions=6, draw=draw_words),
+           "close_thought": lambda rng: thought(rng, questions=3, draw=draw_words)}
 
 @dataclass(frozen=True)
 class Phase:
@@ -273,7 +275,7 @@ class Phase:
     until: float              # share of all steps
     mix: dict[str, float]     # shares of the tokens
 
-STEPS = 8900              # of the default recipe; a shorter one goes through the same phases faster
+STEPS = 12600             # of the default recipe; a shorter one goes through the same phases faster
 PHASES = (
     Phase(260 / STEPS, {"echo": .25, "first_fact": .42, "harmful": .13, "benign": .20}),
     Phase(650 / STEPS, {"echo": .12, "about": .12, "first_fact": .14, "fact": .22, "harmful": .09, "benign": .16, "match": .08, "chain": .07}),
@@ -281,7 +283,11 @@ PHASES = (
     Phase(3900 / STEPS, {"echo": .03, "about": .03, "fact": .05, "harmful": .08, "benign": .20, "match": .06, "chain": .21, "first_comparison": .03, "comparison": .20, "thought": .11}),
     Phase(6500 / STEPS, {"echo": .02, "about": .02, "fact": .05, "harmful": .09, "benign": .24, "match": .05, "chain": .20, "comparison": .20, "thought": .13}),
     # a second round: plain answers were good by then, long lists and broken answers in comparisons were not
-    Phase(1., {"echo": .01, "about": .01, "fact": .08, "harmful": .05, "benign": .13, "match": .05, "chain": .27, "comparison": .10, "broken_comparison": .18, "thought": .12}),
+    Phase(8900 / STEPS, {"echo": .01, "about": .01, "fact": .08, "harmful": .05, "benign": .13, "match": .05, "chain": .27, "comparison": .10, "broken_comparison": .18, "thought": .12}),
+    # a third: pairs decided by a kind of harm were one in ten, and a quarter of all error; more such questions on each pair
+    Phase(10900 / STEPS, {"echo": .01, "fact": .08, "harmful": .05, "benign": .14, "match": .04, "chain": .22, "close_comparison": .28, "thought": .18}),
+    # a fourth: the same for chains of thought, and more of what tells a sound reply from an unclear one
+    Phase(1., {"about": .01, "fact": .06, "harmful": .04, "benign": .13, "match": .08, "chain": .18, "close_comparison": .18, "close_thought": .32}),
 )
 
 def phase_at(place: float) -> Phase:

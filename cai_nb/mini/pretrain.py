@@ -169,10 +169,10 @@ class Recipe:
 SIZES = {"tiny": {"hidden": 64, "layers": 3, "heads": 2, "intermediate": 176}, "small": {"hidden": 128, "layers": 4, "heads": 4, "intermediate": 384},
          "default": {}, "large": {"hidden": 256, "layers": 5, "heads": 4, "intermediate": 704}}
 
-RATES = (0, .03), (65, 1.), (325, 1.), (975, .4), (2600, .3), (6500, 0.), (6550, .3), (STEPS, 0.)
+RATES = (0, .03), (65, 1.), (325, 1.), (975, .4), (2600, .3), (6500, 0.), (6550, .3), (8900, 0.), (8950, .3), (10900, 0.), (10950, .3), (STEPS, 0.)
 
 def rate(place: float) -> float:
-    "Factor on the learning rates at a place of the training, 0 to 1: early down from a high start, and a second, gentler round"
+    "Factor on the learning rates at a place of the training, 0 to 1: early down from a high start, and three gentler rounds"
     return float(np.interp(place * STEPS, *zip(*RATES)))
 
 def optimisers(model, recipe: Recipe):
