@@ -138,10 +138,10 @@ STYLE = """
 .chain label.what{cursor:pointer}.chain .fold{margin:0 .45rem 0 0!important;width:1rem;height:1rem}
 .chain .sides:has(.fold:not(:checked))>.critique{flex:0 0 7rem}.chain .critique:has(.fold:not(:checked)) .folded{display:none}
 .chain .text{min-height:calc(var(--lines)*1.65rem);max-height:calc(max(var(--lines),9)*1.65rem);overflow-y:auto}
-.chain .said{max-width:62rem}.chain .verdict{margin-top:.4rem!important}
+.chain .said{max-width:62rem}.chain .verdict{margin-top:.4rem!important;min-height:4.4em}
 @media(max-width:700px){.chain .sides{flex-direction:column}.chain .sides:has(.fold:not(:checked))>.critique{flex:none}
  .chain .critique .text{min-height:min(calc(var(--lines)*1.1rem),16rem)}.chain .step{padding:.8rem .95rem}.chain .drawn{flex:1 0 100%}
  .chain .revision .text{min-height:min(calc(var(--lines)*3rem),16rem);max-height:16rem}.chain .said{font-size:.97rem!important}
- .chain .critique .text{max-height:16rem}.chain .verdict{min-height:4.4em}
+ .chain .critique .text{max-height:16rem}
  .chain .scores ol{grid-template-columns:repeat(auto-fill,minmax(9.5rem,1fr))}}
 """

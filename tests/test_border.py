@@ -77,7 +77,7 @@ def test_whatever_is_sent_gets_a_figure(models, text):
     (found,) = border.surprise(models.lm, [text])
     assert found > 0 and not np.isnan(found)
     answered = [*ASK, {"role": "assistant", "content": "Sure. " * 400}, {"role": "user", "content": text}]
-    assert np.isfinite(border.going_on(models.lm, answered))
+    assert border.going_on(models.lm, answered) > 0  # infinite where it reads better as a beginning; never NaN
     assert len(models.border(models.lm, [answered, [{"role": "user", "content": text}]])) == 2
 
 

@@ -176,12 +176,12 @@ def test_mini_is_asked_what_it_was_trained_on():
     direct = 0
     for seed in range(20):
         document = lessons.chain(random.Random(seed))
-        turns = [{"role": t.role, "content": t.text} for t in (*document.trunk, *document.branches[0])]
-        requests = [turn["content"] for turn in turns[2:] if turn["role"] == "user"]
+        said, asked = ([{"role": t.role, "content": t.text} for t in turns] for turns in (document.trunk, document.branches[0]))
+        requests = [turn["content"] for turn in asked if turn["role"] == "user"]
         principle = Principle("x", critique=requests[0], revision=requests[-1])
-        critique = turns[3]["content"] if len(requests) == 2 else None
+        critique = asked[1]["content"] if len(requests) == 2 else None
         direct += critique is None
-        assert revision_request(turns[:2], principle, critique) == turns[:-1]
+        assert revision_request(said, principle, critique) == [*said, *asked][:-1]
     assert 0 < direct < 20
 
 

@@ -204,7 +204,7 @@ def test_one_runs_one_waits_and_the_third_is_told(tmp_path, monkeypatch):
     one, two = bench.start(some("unethical")), bench.start(some("harmful"))
     assert (one.state, two.state, bench.start(some("unethical")).id) == ("running", "waiting", one.id)
     with pytest.raises(CaiError, match="Another training runs and one waits.*SL-CAI alone, starting"):
-        bench.start(some("harmful"))
+        bench.start(some("privacy"))
     bench.cancel()
     wait_for(lambda: bench.look().id == two.id)
     assert bench.look().state == "running" and bench.next is None

@@ -162,8 +162,9 @@ def surprise(lm, texts: list[str]) -> np.ndarray:
 
 # %% ../../nbs/mini/05b_border.ipynb #0fb17f38
 def going_on(lm, talk: list[dict]) -> float:
-    "How surprising a conversation's last turn is after the turns before it, in nats; infinite if there are none"
-    return float(np.sqrt((surprises(lm, talk) ** 2).mean())) if len(talk) > 1 else np.inf
+    "How surprising a conversation's last turn is after the turns before it, in nats; infinite where it is less so without them"
+    after, anew = (float(np.sqrt((surprises(lm, turns) ** 2).mean())) for turns in (talk, talk[-1:]))
+    return after if len(talk) > 1 and after <= anew else np.inf
 
 def is_outside(lm, texts: list[str], threshold: float) -> np.ndarray:
     "Of each request, whether mini cannot know what it is about"
