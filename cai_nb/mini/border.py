@@ -163,8 +163,9 @@ def surprise(lm, texts: list[str]) -> np.ndarray:
 # %% ../../nbs/mini/05b_border.ipynb #0fb17f38
 def going_on(lm, talk: list[dict]) -> float:
     "How surprising a conversation's last turn is after the turns before it, in nats; infinite where it is less so without them"
+    if len(talk) < 2: return np.inf
     after, anew = (float(np.sqrt((surprises(lm, turns) ** 2).mean())) for turns in (talk, talk[-1:]))
-    return after if len(talk) > 1 and after <= anew else np.inf
+    return after if after <= anew else np.inf
 
 def is_outside(lm, texts: list[str], threshold: float) -> np.ndarray:
     "Of each request, whether mini cannot know what it is about"
