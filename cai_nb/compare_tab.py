@@ -22,8 +22,8 @@ from cai_nb.visitor import (
 from .workbench import MAX_TRAINED
 
 # %% auto #0
-__all__ = ['SLOTS', 'FOLDS', 'SECOND', 'SHOW_ANSWERS', 'STYLE', 'lay_out', 'lay_out_column', 'lay_out_settings', 'Events',
-           'conversations', 'link_html', 'connect', 'endpoints', 'compare_tab']
+__all__ = ['SLOTS', 'FOLDS', 'SECOND', 'EMPTY', 'AFTER_EMPTYING', 'SHOW_ANSWERS', 'STYLE', 'lay_out', 'lay_out_column',
+           'lay_out_settings', 'Events', 'conversations', 'link_html', 'connect', 'endpoints', 'compare_tab']
 
 # %% ../nbs/12i_compare_tab.ipynb #a9bb005e
 SLOTS = len(COLUMNS) + MAX_TRAINED  # the run's own, and trained ones
@@ -148,17 +148,21 @@ class Events:
         return self.started(talk, request, told)
 
     def answer(self, state, folds, critic, judge, request: gr.Request):
-        "Stream the answers to what is pending, then what is unfolded."
-        talk, halted = Conversation(state), self.site.switches.of(request.session_hash, "compare").is_set
+        "Stream the answers to what is pending, then what is unfolded; nothing more once something else was asked, or “New” pressed."
+        talk, switch = Conversation(state), self.site.switches.of(request.session_hash, "compare")
+        halted, overtaken = switch.is_set, lambda: self.site.switches.of(request.session_hash, "compare") is not switch
         while talk.pending and not halted():
             now, texts = talk.pending.pop(0), dict.fromkeys(self.columns(), "")
             talks = talks_of(talk.turns, now["prompt"], self.columns())
             for texts in compare(self.site.models, talks, now["seed"], talk.temperature, halted):
-                yield self.panes([*talk.turns, dict(now, answers=texts)], "writing")
+                if not overtaken(): yield self.panes([*talk.turns, dict(now, answers=texts)], "writing")
             talk.turns.append(dict(now, answers=texts))
+        if overtaken():
+            yield gr.skip()  # Gradio shows the last of what a generator gave once more when it ends
+            return
         if halted(): talk.pending = []
         link = link_html(talk.link(self.site.models.digests)) if talk.turns else ""
-        verdicts, remark = ({}, "") if halted() else self.verdicts(talk)
+        verdicts, remark = self.verdicts(talk) if talk.turns and not halted() else ({}, "")
         yield {self.page.state: talk.state(), self.page.link: link, **self.panes(talk.turns, "done", verdicts),
                **({self.page.status: self.told(talk, remark)} if remark else {})}
         if not halted(): yield from self.unfolded(talk.state(), folds, critic, judge, request)
@@ -214,15 +218,22 @@ class Events:
         for part in ("compare", "inside"): self.site.switches.press(request.session_hash, part)
 
     def finish(self, state):
-        "The buttons as they were."
+        "The buttons as they were, unless something else has been asked since."
+        return gr.skip() if state.get("pending") else self.failed(state)
+
+    def failed(self, state):
+        "The buttons as they were, and no more on the page than in the conversation."
         return {self.page.send: gr.update(interactive=True), self.page.stop: gr.update(interactive=False),
-                self.page.again: gr.update(interactive=bool(state["turns"]))}
+                self.page.again: gr.update(interactive=bool(state["turns"])), **({} if state["turns"] else self.panes([]) | self.folded())}
+
+    def tidy(self, state):
+        "Empty folds once the conversation is: what was on its way when “New” was pressed may have come after it."
+        return gr.skip() if state["turns"] else self.folded()
 
     def clear(self, request: gr.Request):
         "Stop, and an empty page."
-        self.halt(request)
-        return {self.page.prompt: "", self.page.state: {"turns": []}, self.page.status: note(""), self.page.link: "",
-                self.page.again: gr.update(interactive=False), **self.heads(), **self.panes([]), **self.folded()}
+        for part in ("compare", "inside"): self.site.switches.stop(request.session_hash, part)
+        return {self.page.state: {"turns": []}, self.page.status: note(""), self.page.link: "", **self.heads(), **self.failed({"turns": []})}
 
 # %% ../nbs/12i_compare_tab.ipynb #56fcf22d
 def conversations(turns: list[dict], columns: list[str]) -> dict[str, list[dict]]:
@@ -240,27 +251,36 @@ def link_html(link: str) -> str:
 # %% ../nbs/12i_compare_tab.ipynb #2a15f402
 def connect(page: SimpleNamespace, events: Events, site: Site):
     "Which event follows which click."
-    flat = [*page.columns, *page.heads, *page.panes, *page.inside["critique"], *page.inside["preference"]]
-    by, shown = list(page.by.values()), [page.state, page.prompt, page.status, page.link, page.send, page.stop, page.again, *flat]
+    by, folds = list(page.by.values()), [*page.inside["critique"], *page.inside["preference"]]
+    flat = [*page.columns, *page.heads, *page.panes, *folds]
+    shown = [page.state, page.prompt, page.status, page.link, page.send, page.stop, page.again, *flat]
     sending = dict(fn=events.begin, inputs=[page.prompt, page.temperature, page.seed, page.state], outputs=shown, concurrency_limit=None,
-                   validator=validated(checked_prompt, None, checked_seed, None), **QUIET)
+                   validator=validated(checked_prompt, None, checked_seed, None), js=AFTER_EMPTYING, **QUIET)
     starts = [gr.on([page.send.click, page.prompt.submit], **sending), page.again.click(events.again, page.state, shown, **AT_ONCE),
               page.replay.click(events.arrive, page.query, shown, js="() => [window.location.search]", **AT_ONCE)]
     starts += [chip.click(lambda sample: sample[0], chip, page.prompt, **AT_ONCE).then(**sending) for chip in page.chips]
+    ended = [page.send, page.stop, page.again, *page.panes, *folds]
     for start in starts:
         start.success(None, js=SHOW_ANSWERS, **QUIET)
-        answered = start.success(events.answer, [page.state, page.folds, *by], [page.state, page.status, page.link, *flat], **in_line(page.status))
-        answered.then(events.finish, page.state, [page.send, page.stop, page.again], **AT_ONCE)
-    inside = dict(fn=events.unfolded, inputs=[page.state, page.folds, *by], outputs=[*page.inside["critique"], *page.inside["preference"]],
-                  **in_line(page.status))
+        answered = start.success(events.answer, [page.state, page.folds, *by], [page.state, page.status, page.link, *flat],
+                                 trigger_mode="multiple", **in_line(page.status))
+        answered.success(events.finish, page.state, ended, **AT_ONCE)
+        answered.failure(events.failed, page.state, ended, **AT_ONCE)
+    def inside(event):
+        event(events.unfolded, [page.state, page.folds, *by], folds, trigger_mode="multiple", **in_line(page.status)).then(
+            events.tidy, page.state, folds, **AT_ONCE)
     for accordion, kind, i in page.accordions:
-        accordion.expand(partial(events.fold, kind, i, True), page.folds, page.folds, **AT_ONCE).then(**inside)
+        inside(accordion.expand(partial(events.fold, kind, i, True), page.folds, page.folds, **AT_ONCE).then)
         accordion.collapse(partial(events.fold, kind, i, False), page.folds, page.folds, **AT_ONCE)
-    for choice in by: choice.input(**inside)
+    for choice in by: inside(choice.input)
     page.stop.click(events.halt, None, None, **AT_ONCE)
-    page.clear.click(events.clear, None, [page.prompt, page.state, page.status, page.link, page.again, *flat], **AT_ONCE)
+    page.clear.click(None, None, page.prompt, js=EMPTY, **QUIET)
+    page.clear.click(events.clear, None, shown, **AT_ONCE).then(None, js="() => window.isEmpty?.()", **QUIET)
 
 
+# The field is emptied at once, so that nothing typed since is lost; what is sent meanwhile waits until the page is empty.
+EMPTY = "() => { window.emptying = new Promise(done => { window.isEmpty = done; }); return ''; }"
+AFTER_EMPTYING = "async (...asked) => { await window.emptying; return asked; }"
 SHOW_ANSWERS = """() => { const e = document.querySelector('.answers');
   e.scrollIntoView({behavior: 'smooth', block: window.innerWidth < 700 ? 'start' : 'nearest'}); }"""
 

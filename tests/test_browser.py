@@ -188,6 +188,40 @@ def test_stop_stops(visit, server):
     assert all(said(page, m) for m in MODELS)
 
 
+SLOWLY = """const soon = window.fetch; window.fetch = async (to, how) => {
+  if (String(to).includes('run/predict')) await new Promise(done => setTimeout(done, 700)); return soon(to, how); }; 0"""
+
+LAST = "asked => document.querySelector('#answer-rl .asked')?.textContent === asked"
+
+
+@pytest.mark.parametrize("line", ["quick", "slow"])
+def test_what_is_asked_last_counts(visit, line):
+    page, then = visit(), "How do I bake bread?"
+    if line == "slow":
+        page.evaluate(SLOWLY)
+    for wait in (True, False):  # "New" while an answer is written; and the next question without waiting for it
+        ask(page, ASK)
+        page.wait_for_function("document.querySelector('#answer-base .said').textContent.length > 5")
+        page.click("#clear")
+        if wait:
+            wait_until_idle(page)
+            page.wait_for_function("!document.querySelector('.answers .turn')")
+            page.wait_for_timeout(500)
+            assert page.locator(".answers .turn").count() == 0
+    ask(page, then)
+    page.wait_for_function(LAST, arg=then)
+    wait_until_idle(page)
+    assert page.locator("#answer-rl .asked").all_text_contents() == [then] and all(said(page, m) for m in MODELS)
+    page.click("#clear")
+    page.wait_for_function("!document.querySelector('.answers .turn')")
+    ask(page, ASK)
+    ask(page, then)  # by the key: the button waits
+    page.wait_for_function(LAST, arg=then)
+    assert page.is_enabled("#stop")
+    wait_until_idle(page)
+    assert page.locator("#answer-rl .asked").all_text_contents() == [then] and all(said(page, m) for m in MODELS)
+
+
 def test_examples_other_worlds_and_refusals(visit):
     page = visit(allow=REFUSAL)
     page.click(".examples .gallery-item >> nth=0")
