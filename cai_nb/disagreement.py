@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -26,8 +26,8 @@ class Votes:
     "What every comparison principle of a constitution says about the same pairs."
 
     constitution: Constitution
-    pairs: tuple[dict, ...]  # rows of pairs.jsonl
-    p_a: np.ndarray  # [pairs, principles]: probability that the first reply is the better one
+    pairs: tuple[dict, ...] = field(repr=False)  # rows of pairs.jsonl
+    p_a: np.ndarray = field(repr=False)  # [pairs, principles]: probability that the first reply is the better one
     cut: int = 0  # pairs with a question longer than the model's context
 
     @property
@@ -152,13 +152,13 @@ class Disagreement:
     a: Votes
     b: Votes
     margin: float  # nearer to one half than this is no opinion
-    against: np.ndarray  # [A + B, A + B]: pairs with different sides, the principles of a first
-    both: np.ndarray  # [A + B, A + B]: pairs on which both have an opinion; the diagonal: on which one has
+    against: np.ndarray = field(repr=False)  # [A + B, A + B]: pairs with different sides, the principles of a first
+    both: np.ndarray = field(repr=False)  # [A + B, A + B]: pairs on which both have an opinion; the diagonal: on which one has
     whole: dict  # rate: the constitutions as a whole
     across: dict  # rate: one principle drawn from each
     within: tuple[dict, dict]  # rates: two draws from a, two draws from b
-    nearest: tuple[tuple[tuple[str, str, dict], ...], ...]  # of a and of b: id, nearest id of the other, rate; the loneliest first
-    sharpest: tuple[Sharp, ...]
+    nearest: tuple[tuple[tuple[str, str, dict], ...], ...] = field(repr=False)  # of a and of b: id, nearest id of the other, rate; the loneliest first
+    sharpest: tuple[Sharp, ...] = field(repr=False)
 
     @property
     def shares(self) -> np.ndarray:  # [A + B, A + B], NaN where no pair has two opinions

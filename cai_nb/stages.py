@@ -120,8 +120,8 @@ def stage_prompts(
 def flag_of(
     run: Run,
 ):  # `flag(messages, text) -> list[str]`, or None
-    "What marks replies that mini could not understand, if mini is the base."
-    if run.recipe["base"] != "mini":
+    "What marks replies that mini could not understand, if the base is mini, or of mini's world: another size, judged by its oracle."
+    if "mini" not in (run.recipe["base"], run.recipe["judge"]):
         return None
     from cai_nb.mini.oracle import flags
 
