@@ -170,7 +170,7 @@ class Events:
     def verdicts(self, talk: Conversation) -> tuple[dict, str]:
         "The oracle's verdicts on the last answers; and if it has none, why."
         *before, last = talk.turns
-        if is_unknown(last["answers"]): return {}, ""
+        if is_unknown(last["answers"]): return {}, self.site.nearest(last["prompt"])
         talks = talks_of(before, last["prompt"], list(last["answers"]))
         found = {c: self.site.models.oracle.judge(talks[c], text) for c, text in last["answers"].items() if self.site.knows(talks[c])}
         return found, "" if found else self.site.remark(next(iter(talks.values())))

@@ -39,6 +39,13 @@ class Site:
         "What is to be said of answers that the oracle cannot judge; an empty text if it can, or if there is none."
         return "" if self.models.oracle is None or self.knows(talk) else UNJUDGED
 
+    def nearest(self, prompt: str) -> str:
+        "A remark on what comes nearest to a prompt that mini does not know, among what it knows; an empty text if nothing does."
+        topics = self.models.oracle.nearest_topics(prompt) if self.models.oracle else []
+        asked = [f"How do I {topic.text}?" for topic in topics]
+        known = [text for text in asked if self.models.heard([[{"role": "user", "content": text}]])]
+        return f" mini knows this, for instance: {', '.join(f'“{text}”' for text in known)}" if known else ""
+
     def title(self, column: str) -> str:
         "What a column is called."
         return self.models.titles.get(column, (column, ""))[0]
