@@ -222,8 +222,9 @@ class Events:
         return gr.skip() if state.get("pending") else self.failed(state)
 
     def failed(self, state):
-        "The buttons as they were, and no more on the page than in the conversation."
-        return {self.page.send: gr.update(interactive=True), self.page.stop: gr.update(interactive=False),
+        "The buttons as they were, no more on the page than in the conversation, and a question without an answer back in its field."
+        unanswered = {self.page.prompt: turn["prompt"] for turn in state.get("pending", ())[:1]}
+        return {**unanswered, self.page.send: gr.update(interactive=True), self.page.stop: gr.update(interactive=False),
                 self.page.again: gr.update(interactive=bool(state["turns"])), **({} if state["turns"] else self.panes([]) | self.folded())}
 
     def tidy(self, state):
@@ -265,7 +266,7 @@ def connect(page: SimpleNamespace, events: Events, site: Site):
         answered = start.success(events.answer, [page.state, page.folds, *by], [page.state, page.status, page.link, *flat],
                                  trigger_mode="multiple", **in_line(page.status))
         answered.success(events.finish, page.state, ended, **AT_ONCE)
-        answered.failure(events.failed, page.state, ended, **AT_ONCE)
+        answered.failure(events.failed, page.state, [page.prompt, *ended], **AT_ONCE)
     def inside(event):
         event(events.unfolded, [page.state, page.folds, *by], folds, trigger_mode="multiple", **in_line(page.status)).then(
             events.tidy, page.state, folds, **AT_ONCE)

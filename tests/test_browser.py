@@ -283,6 +283,25 @@ def test_a_line_shows_the_place_and_a_full_one_is_said_to_be(visit, browser):
             assert all(said(page, m) for m in MODELS)
 
 
+FULL_ONCE_ASKED = """const soon = window.fetch; let joined = 0; window.fetch = (to, how) =>
+  String(to).includes('queue/join') && ++joined == 2 ? Promise.resolve(new Response('{"detail": "Queue is full."}', {status: 503})) : soon(to, how); 0"""
+
+
+def test_a_line_that_fills_between_question_and_answer_leaves_the_page_usable(visit):
+    page = visit()
+    page.evaluate(FULL_ONCE_ASKED)
+    page.fill("#prompt textarea", ASK)
+    page.press("#prompt textarea", "Enter")
+    page.wait_for_selector("text=/busy/i")
+    wait_until_idle(page)
+    assert page.is_enabled("#send") and page.locator("#answer-rl .turn").count() == 0
+    assert page.input_value("#prompt textarea") == ASK
+    page.press("#prompt textarea", "Enter")
+    page.wait_for_selector("#answer-rl [aria-busy=true]")
+    wait_until_idle(page)
+    assert page.locator("#answer-rl .turn").count() == 1 and all(said(page, m) for m in MODELS)
+
+
 def test_a_closed_page_stops_its_generation_within_half_a_second(browser):
     with served(delay=0.2) as (url, lm, *_):
         page = browser.new_page()

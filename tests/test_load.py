@@ -97,7 +97,7 @@ def test_a_thousand_requests_leave_no_memory_and_no_thread_behind(server):
         assert answer(url, PROMPTS[0], 0)[1]
         return machine.memory_info().rss, machine.num_threads()
 
-    memory, threads = many(100)
+    memory, threads = many(300)  # a server that has just begun grows until its caches and its allocator's arenas are full
     later, threads_later = many(1000)
     assert later <= 1.05 * memory, f"{memory / 2**20:.0f} MiB before, {later / 2**20:.0f} MiB after"
     assert threads_later <= threads, "threads are left"
