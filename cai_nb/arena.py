@@ -22,8 +22,8 @@ from .rows import row_id
 from .visitor import checked_choice
 
 # %% auto #0
-__all__ = ['ABOUT', 'SCHEMA', 'FIELDS', 'CLOSED', 'BY', 'Ballot', 'draw_ballot', 'answer_ballot', 'checked_vote', 'Votes',
-           'prepare', 'Arena', 'standings', 'export_rows']
+__all__ = ['ABOUT', 'SCHEMA', 'WAIT', 'FIELDS', 'CLOSED', 'BY', 'Ballot', 'draw_ballot', 'answer_ballot', 'checked_vote', 'Votes',
+           'has_votes', 'make_votes', 'make_table', 'Arena', 'standings', 'export_rows']
 
 # %% ../nbs/12c_arena.ipynb #d0d104ca
 @dataclass(frozen=True)
@@ -94,6 +94,7 @@ def checked_vote(
 
 # %% ../nbs/12c_arena.ipynb #a3306367
 SCHEMA = 1  # raised when the columns change
+WAIT = 60  # seconds for another process that writes
 FIELDS = ("time", "prompt", "seed", "temperature", "a", "b", "digest_a", "digest_b", "constitution", "answer_a", "answer_b",
           "helpful", "harmless")
 
@@ -101,14 +102,14 @@ FIELDS = ("time", "prompt", "seed", "temperature", "a", "b", "digest_a", "digest
 class Votes:
     "The file `votes.sqlite` in a folder. Made by the first vote, safe from many threads and processes."
 
-    def __init__(self, folder: str | Path): self.path = Path(folder) / "votes.sqlite"
+    def __init__(self, folder: str | Path): self.path, self.turn = Path(folder) / "votes.sqlite", threading.Lock()
 
     def add(self, ballot: Ballot, vote: dict) -> int:  # number of votes there are now
         "Keep a vote of `checked_vote`. When this returns, it is on the disk."
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:00Z")
         values = (now, ballot.prompt, ballot.seed, ballot.temperature, *ballot.columns, *ballot.digests, ballot.constitution,
                   *ballot.answers, vote["helpful"], vote["harmless"])
-        with self.file() as db, db:
+        with self.file() as db, self.turn, db:
             db.execute("BEGIN IMMEDIATE")
             db.execute(f"INSERT INTO votes ({', '.join(FIELDS)}) VALUES ({', '.join('?' * len(FIELDS))})", values)
             return db.execute("SELECT count(*) FROM votes").fetchone()[0]
@@ -130,28 +131,47 @@ class Votes:
         name = f"{self.path.parent.name}/{self.path.name}"  # visitors may read this: not the whole path
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.closing(sqlite3.connect(self.path, timeout=10, isolation_level=None)) as db:
-                prepare(db, name)
+            with contextlib.closing(sqlite3.connect(self.path, timeout=WAIT, isolation_level=None)) as db:
+                if not has_votes(db, name):
+                    with self.turn: make_votes(db)
                 yield db
         except (OSError, sqlite3.OperationalError) as e:
+            if "database is locked" in str(e):
+                raise CaiError(f"{name}: another program has held this file for {WAIT} seconds; end that program and try again, "
+                               "or name another folder") from None
             why = getattr(e, "strerror", None) or e
             raise CaiError(f"{name}: votes cannot be kept there ({why}); name a folder that can be written, with space left") from None
         except sqlite3.DatabaseError as e:
             raise CaiError(f"{name}: found no file of votes there ({e}); move that file away, or name another folder") from None
 
 # %% ../nbs/12c_arena.ipynb #9aecb758
-def prepare(
+def has_votes(
     db: sqlite3.Connection,
     name: str,  # of the file, for messages
-):
-    "Set a connection up, and make the table in a new file."
+) -> bool:  # False: a new file, which has no table yet
+    "Set a connection up, and look what is in the file."
     db.execute("PRAGMA synchronous = FULL")
-    if (version := db.execute("PRAGMA user_version").fetchone()[0]) == SCHEMA: return
+    if (version := db.execute("PRAGMA user_version").fetchone()[0]) == SCHEMA: return True
     if version > SCHEMA:
         raise CaiError(f"{name}: found votes of schema {version}, expected {SCHEMA}; a later cai_nb wrote them: update it, "
                        "or name another folder")
     if db.execute("SELECT count(*) FROM sqlite_master WHERE name != 'votes'").fetchone()[0]:
         raise CaiError(f"{name}: found another program's tables, expected votes; name another folder")
+    return False
+
+
+def make_votes(db: sqlite3.Connection):
+    "Make the table in a new file, if nobody has made it meanwhile."
+    until = time.monotonic() + WAIT
+    while db.execute("PRAGMA user_version").fetchone()[0] != SCHEMA:
+        try: make_table(db)
+        except sqlite3.OperationalError as e:
+            if "database is locked" not in str(e) or time.monotonic() > until: raise
+            time.sleep(0.01)
+
+
+def make_table(db: sqlite3.Connection):
+    "One try."
     db.execute("PRAGMA journal_mode = WAL")
     with db:
         db.execute("BEGIN IMMEDIATE")

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import httpx
 import pytest
 
+from cai_nb import arena as engine
 from cai_nb.arena import ABOUT, FIELDS, Arena, Ballot, Votes, draw_ballot, export_rows, standings
 from cai_nb.compare import Models
 from cai_nb.constitution import CaiError, Constitution
@@ -32,7 +33,7 @@ def ballot(i=0, a="sl", b="rl", **changes):
 
 
 def python(code, *args):
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], cwd=TESTS, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], cwd=TESTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 # The engine
@@ -54,14 +55,53 @@ def test_two_hundred_votes_from_twenty_threads(tmp_path):
     assert table["votes"] == 200 and {r["model"] for r in table["helpful"]} == set(MODELS.adapters)
 
 
-def test_two_processes_share_a_new_file(tmp_path):
-    code = ("import sys; from test_arena import *\n"
-            "for i in range(30): Votes(sys.argv[1]).add(ballot(i), {'helpful': sys.argv[2], 'harmless': None})")
-    voters = [python(code, tmp_path, choice) for choice in ("A better", "tie")]
-    assert [voter.wait(60) for voter in voters] == [0, 0]
-    rows = Votes(tmp_path).rows()
-    assert len(rows) == len({r["number"] for r in rows}) == 60
-    assert sum(r["helpful"] == "tie" for r in rows) == 30
+class SlowDisk(sqlite3.Connection):
+    def __exit__(self, *failed):
+        time.sleep(0.05)  # with the write lock held, as a disk that takes long to say that the vote is safe
+        return super().__exit__(*failed)
+
+
+def test_on_a_slow_disk_voters_wait_their_turn_and_none_is_refused(tmp_path, monkeypatch):
+    connect = sqlite3.connect
+    monkeypatch.setattr(engine.sqlite3, "connect", lambda *args, **options: connect(*args, factory=SlowDisk, **options))
+    monkeypatch.setattr(engine, "WAIT", 0.5)  # a tenth of what they wait in all
+    votes = Votes(tmp_path)
+    with ThreadPoolExecutor(20) as pool:
+        numbers = list(pool.map(lambda i: votes.add(ballot(i), {"helpful": "tie", "harmless": None}), range(100)))
+    assert sorted(numbers) == list(range(1, 101))
+
+
+def test_a_program_that_holds_the_file_is_named_and_the_ballot_waits(tmp_path, monkeypatch):
+    arena = Arena(tmp_path)
+    assert arena.vote(arena.open(ballot(0)), "tie")[1] == 1
+    monkeypatch.setattr(engine, "WAIT", 0.2)
+    token = arena.open(ballot(1))
+    with closing(sqlite3.connect(tmp_path / "votes.sqlite", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(CaiError, match="another program has held this file for 0.2 seconds; end that program and try again"):
+            arena.vote(token, "tie")
+        other.execute("ROLLBACK")
+    assert arena.vote(token, "tie")[1] == 2
+
+
+def test_processes_that_find_a_new_file_at_the_same_moment_share_it(tmp_path):
+    code = """if True:
+        import sys, time; from test_arena import *
+        print("ready", flush=True); start = float(sys.stdin.readline())
+        for i in range(120):
+            while time.time() < start + 0.03 * (i // 3): pass
+            Votes(f"{sys.argv[1]}/{i // 3}").add(ballot(i), {"helpful": sys.argv[2], "harmless": None})"""
+    voters = [python(code, tmp_path, choice) for choice in CHOICES]
+    assert {voter.stdout.readline() for voter in voters} == {"ready\n"}
+    start = time.time() + 0.3
+    for voter in voters:
+        voter.stdin.write(f"{start}\n")
+        voter.stdin.flush()
+    assert [voter.wait(100) for voter in voters] == [0] * len(CHOICES)
+    for i in range(40):
+        rows = Votes(tmp_path / str(i)).rows()
+        assert {r["number"] for r in rows} == set(range(1, 3 * len(CHOICES) + 1))
+        assert {c: sum(r["helpful"] == c for r in rows) for c in CHOICES} == dict.fromkeys(CHOICES, 3)
 
 
 VOTER = """
