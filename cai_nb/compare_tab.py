@@ -108,13 +108,14 @@ class Events:
     def told(self, talk: Conversation, remark: str = "") -> str:
         "The line of status for what is asked now."
         now = [*talk.turns, *talk.pending][-1]
+        if warning := now.get("warning"): return note(warning + remark, "warn")
         return note(f"seed {now['seed']}, temperature {talk.temperature:g}{'.' if remark else ''}{remark}")
 
-    def started(self, talk: Conversation, request, told: str | None = None) -> dict:
+    def started(self, talk: Conversation, request) -> dict:
         "The page when something has been asked."
         self.site.switches.start(request.session_hash, "compare")
         shown = [*talk.turns, dict(talk.pending[0], answers=dict.fromkeys(self.columns(), ""))]
-        return {self.page.state: talk.state(), self.page.prompt: "", self.page.status: told or self.told(talk), self.page.link: "",
+        return {self.page.state: talk.state(), self.page.prompt: "", self.page.status: self.told(talk), self.page.link: "",
                 self.page.send: gr.update(interactive=False), self.page.stop: gr.update(interactive=True),
                 self.page.again: gr.update(interactive=False), **self.heads(), **self.panes(shown, "writing"), **self.folded()}
 
@@ -142,10 +143,10 @@ class Events:
         with as_message():
             asked = read_link(query)
             if asked is None: raise CaiError("There is no prompt in that link: type one, or click one of the examples.")
-        talk = Conversation({"temperature": asked["temperature"], "pending": [{"prompt": p, "seed": s} for p, s in zip(asked["prompts"], asked["seeds"])]})
         other = [self.site.title(c) for c, digest in asked["digests"].items() if self.site.models.digests.get(c) != digest]
-        told = note(f"The link was made with other weights of {', '.join(other)}: the answers may differ.", "warn") if other else None
-        return self.started(talk, request, told)
+        told = {"warning": f"The link was made with other weights of {', '.join(other)}: the answers may differ."} if other else {}
+        pending = [{"prompt": p, "seed": s, **told} for p, s in zip(asked["prompts"], asked["seeds"])]
+        return self.started(Conversation({"temperature": asked["temperature"], "pending": pending}), request)
 
     def answer(self, state, folds, critic, judge, request: gr.Request):
         "Stream the answers to what is pending, then what is unfolded; nothing more once something else was asked, or “New” pressed."

@@ -170,7 +170,11 @@ def test_a_link_brings_the_answers_back(visit):
     assert "may differ" not in other.text_content("#status")
     wrong = visit(query="?p=How+do+I+bake+a+cake%3F&seed=1&models=sl%3A000000000000")
     wrong.wait_for_selector("#link a")
-    assert "other weights of SL-CAI" in wrong.text_content("#status")
+    wait_until_idle(wrong)
+    assert wrong.text_content("#status .warn").startswith("The link was made with other weights of SL-CAI: the answers may differ. mini knows")
+    ask(wrong, ASK)
+    wait_until_idle(wrong)
+    assert "other weights" not in wrong.text_content("#status")
 
 
 def test_stop_stops(visit, server):
