@@ -1,5 +1,8 @@
 """For the app's tests: a run folder whose adapters are random but real, the app on a free port, raw requests to it."""
+import ctypes
+import gc
 import json
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import httpx
+import psutil
 import torch
 import yaml
 
@@ -106,9 +110,7 @@ def events(url: str, name: str, id: str):
 
 @contextmanager
 def process(folder: Path, **settings):
-    "The app in a process of its own, as (address, process, its memory and threads by psutil)."
-    import psutil
-
+    "The app in a process of its own, as (address, process)."
     port = free_port()
     code = f"import serving; serving.run_forever({port}, {settings!r})"
     log = open(folder / "server.log", "w")
@@ -116,7 +118,7 @@ def process(folder: Path, **settings):
     try:
         url = server.stdout.readline().strip()
         assert url, (folder / "server.log").read_text()
-        yield url, server, psutil.Process(server.pid)
+        yield url, server
     finally:
         server.kill()
         server.wait()
@@ -130,5 +132,28 @@ def run_forever(port: int, settings: dict):
     models, constitution = load_run()
     demo = build_demo(replace(models, **settings), constitution, folder, max_waiting)
     _, url, _ = demo.launch(server_port=port, prevent_thread_lock=True, **launch_settings())
+    signal.signal(signal.SIGUSR1, lambda *_: print(json.dumps(in_use()), flush=True))
     print(url, flush=True)
     demo.block_thread()
+
+
+libc = ctypes.CDLL(None)
+
+
+class Mallinfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in
+                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]  # man mallinfo2
+
+
+def in_use() -> dict[str, int]:
+    "What this process holds, without what its allocators keep to use it again: blocks of Python, bytes of malloc, threads."
+    gc.collect()
+    libc.mallinfo2.restype = Mallinfo
+    now = libc.mallinfo2()
+    return {"blocks": sys.getallocatedblocks(), "bytes": now.uordblks + now.hblkhd, "threads": psutil.Process().num_threads()}
+
+
+def asked_for_use(server: subprocess.Popen) -> dict[str, int]:
+    "The `in_use` of a server of `process`."
+    server.send_signal(signal.SIGUSR1)
+    return json.loads(server.stdout.readline())

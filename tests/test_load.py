@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from serving import PANDAS, events, post, process
+from serving import PANDAS, asked_for_use, events, libc, post, process
 
 from cai_nb.compare import UNKNOWN, load_run, talks_of
 from cai_nb.mini import world
@@ -73,7 +73,7 @@ def test_32_clients_of_5_turns_all_get_their_own_answers(server):
 
 
 def test_a_burst_of_200_with_a_quarter_leaving(server):
-    url, _, machine = server
+    url, _ = server
     with ThreadPoolExecutor(BURST) as pool:
         results = list(pool.map(lambda i: (i, *answer(url, PROMPTS[i % len(PROMPTS)], i, leave_after=1 if i % 4 == 0 else None)), range(BURST)))
     let_in = [(i, states) for i, joined, states in results if joined.status_code == 200]
@@ -87,20 +87,23 @@ def test_a_burst_of_200_with_a_quarter_leaving(server):
     assert joined.status_code == 200 and states
 
 
-def test_a_thousand_requests_leave_no_memory_and_no_thread_behind(server):
-    url, _, machine = server
+@pytest.mark.skipif(not hasattr(libc, "mallinfo2"), reason="only glibc (2.33 or later) says how much of its memory is in use")
+def test_a_thousand_requests_leave_nothing_behind(server):
+    """Counted is what the server holds. What the system has given it grows longer, to no purpose of ours: glibc keeps what was
+    freed, in a heap for each thread, and 1,700 requests doubled that from 64 to 148 MiB while 240 stayed in use."""
+    url, process = server
 
     def many(n):
         with ThreadPoolExecutor(8) as pool:
             assert all(states for _, states in pool.map(lambda i: answer(url, PROMPTS[i % len(PROMPTS)], i), range(n)))
         time.sleep(12)  # worker threads that were idle for ten seconds end, but only when the next request comes
         assert answer(url, PROMPTS[0], 0)[1]
-        return machine.memory_info().rss, machine.num_threads()
+        return asked_for_use(process)
 
-    memory, threads = many(100)
-    later, threads_later = many(1000)
-    assert later <= 1.05 * memory, f"{memory / 2**20:.0f} MiB before, {later / 2**20:.0f} MiB after"
-    assert threads_later <= threads, "threads are left"
+    before, after = many(100), many(1000)
+    for what in ("blocks", "bytes"):
+        assert after[what] <= 1.05 * before[what], f"{what}: {before[what]:,} before, {after[what]:,} after"
+    assert after["threads"] <= before["threads"], "threads are left"
 
 
 def test_the_page_is_still_there(server):
