@@ -220,7 +220,7 @@ def test_what_fails_says_why_in_a_sentence(tmp_path, monkeypatch, code, words):
     monkeypatch.setattr(workbench, "start_run", pretend(code))
     bench = Workbench(tmp_path)
     bench.start(some("unethical"))
-    wait_for(lambda: bench.look().state != "running")
+    wait_for(lambda: bench.last and bench.last.ended.is_set())  # by then it is on the disk too
     assert bench.look().state == "failed" and words in bench.look().error and "\n" not in str(bench.look())
     assert Workbench(tmp_path).trainings()[0].error == bench.look().error
 
