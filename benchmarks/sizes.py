@@ -3,7 +3,8 @@
     python benchmarks/sizes.py [--sizes tiny small default large] [--steps 3150] [--out runs/sizes] [--threads 1] [--run]
 
 A size is trained only if its weights are not in the folder yet, and goes on where it was cut off. A quarter of the recipe's steps took
-about 45 minutes for the default on one core, and as long for `large` on two. Writes benchmarks/results/sizes.json, a size at a time; notebook mini/04 shows it.
+about 45 minutes for the default on one core, and as long for `large` on two. Writes benchmarks/results/sizes.json, a size at a time;
+notebook mini/04 shows it.
 """
 import argparse
 import json

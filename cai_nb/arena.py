@@ -133,7 +133,7 @@ class Votes:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with contextlib.closing(sqlite3.connect(self.path, timeout=WAIT, isolation_level=None)) as db:
                 if not has_votes(db, name):
-                    with self.turn: make_votes(db)
+                    with self.turn: make_votes(db, name)
                 yield db
         except (OSError, sqlite3.OperationalError) as e:
             if "database is locked" in str(e):
@@ -160,10 +160,13 @@ def has_votes(
     return False
 
 
-def make_votes(db: sqlite3.Connection):
+def make_votes(
+    db: sqlite3.Connection,
+    name: str,  # of the file, for messages
+):
     "Make the table in a new file, if nobody has made it meanwhile."
     until = time.monotonic() + WAIT
-    while db.execute("PRAGMA user_version").fetchone()[0] != SCHEMA:
+    while not has_votes(db, name):
         try: make_table(db)
         except sqlite3.OperationalError as e:
             if "database is locked" not in str(e) or time.monotonic() > until: raise
@@ -171,7 +174,7 @@ def make_votes(db: sqlite3.Connection):
 
 
 def make_table(db: sqlite3.Connection):
-    "One try."
+    "Make the table; an OperationalError if somebody else is making it."
     db.execute("PRAGMA journal_mode = WAL")
     with db:
         db.execute("BEGIN IMMEDIATE")
