@@ -27,7 +27,7 @@ export: .venv/.ready-dev
 
 # The endpoint against a real server: vLLM's CPU build in an environment of its own (2.4 GB), some minutes
 test-endpoint: .venv/.ready-dev .venv-vllm/.ready
-	$(QUIET) CAI_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -q tests/test_endpoint.py
+	$(QUIET) CAI_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -q tests/lm/test_endpoint.py
 
 .venv-vllm/.ready:
 	$(PYTHON) -m venv .venv-vllm

@@ -10,7 +10,7 @@ try:
 except ImportError:
     pass
 
-from cai_nb.app import serve
+from cai_nb.app.server import serve
 
 if __name__ == "__main__":
     serve(

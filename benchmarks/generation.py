@@ -24,15 +24,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from cai_nb.comparison import comparison_context
-from cai_nb.constitution import Constitution
-from cai_nb.critique import CritiqueExample, critique_revise
-from cai_nb.decoding import roomy_cache
-from cai_nb.dialogue import encode_text, stop_token_ids
-from cai_nb.feedback import label_preferences
-from cai_nb.generate import LocalLM, Reply
+from cai_nb.method.comparison import comparison_context
+from cai_nb.core.constitution import Constitution
+from cai_nb.method.critique import CritiqueExample, critique_revise
+from cai_nb.lm.decoding import roomy_cache
+from cai_nb.core.dialogue import encode_text, stop_token_ids
+from cai_nb.method.feedback import label_preferences
+from cai_nb.lm.generate import LocalLM, Reply
 from cai_nb.mini import oracle, world
-from cai_nb.model import load_model
+from cai_nb.lm.model import load_model
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = {"chains, over generate": (8.5, 11), "chains, over pipeline": (9.5, 13), "ragged, over padded": (1.3, 1.6), "labels, over forwards": (3.4, 4.4)}
@@ -164,13 +164,13 @@ def chains(repeats: int, n: int = 64, prefix: int = 400) -> dict:
     out = paired(run(lambda: Counting(LocalLM(model, tokenizer, batch_size=n)), lambda i: rows),
                  {"generate": run(lambda: Generate(model, tokenizer, n), lambda i: rows), "pipeline": run(lambda: Pipeline(model, tokenizer), eighth)}, repeats)
     lm = LocalLM(model, tokenizer)
-    from cai_nb.critique import few_shot_messages
+    from cai_nb.method.critique import few_shot_messages
     return out | {"unit": "CPU seconds a token", "prompts": n, "prefix_tokens": len(lm.encode([*few_shot_messages(shown), *rows[0]["messages"]])) - len(lm.encode(rows[0]["messages"]))}
 
 
 def ragged(repeats: int, n: int = 64) -> dict:
     "Seconds for each token of a batch whose replies have very different lengths: answers, and one-word verdicts"
-    from cai_nb.critique import critique_request
+    from cai_nb.method.critique import critique_request
     model, tokenizer = mini()
     rows, principle = world.prompts("train", "harmful", n), Constitution.load("mini").critique_principles[0]
     talks = [r["messages"] if i % 2 else critique_request([*r["messages"], {"role": "assistant", "content": "Gladly. First take some time."}], principle) for i, r in enumerate(rows)]
@@ -200,7 +200,7 @@ def pairs_of(n: int):
 
 def labels(repeats: int, n: int = 8, n_principles: int = 16, prefix: int = 400) -> dict:
     "Seconds for each label of 16 principles in both orders, in the paper's layout, with and without examples before it"
-    from cai_nb.comparison import ComparisonExample
+    from cai_nb.method.comparison import ComparisonExample
     model, tokenizer = mini()
     constitution, (rows, pairs), lm = Constitution.load("mini"), pairs_of(n), LocalLM(model, tokenizer)
     shown = tuple(ComparisonExample(r["messages"][-1]["content"], *p["responses"], "") for r, p in zip(*pairs_of(5)))
@@ -250,8 +250,8 @@ def roofline(repeats: int) -> dict:
         return amount * times / cpu(lambda: [work() for _ in range(times)])[0]
     flops = speed(lambda: a @ b, 2 * 64 * 128 * 2304, 300)
     bandwidth = speed(lambda: big.sum(), big.numel() * 4, 10)
-    from cai_nb.session import Session
-    from cai_nb.slots import Slots, read_prefix
+    from cai_nb.lm.session import Session
+    from cai_nb.lm.cache import Slots, read_prefix
     prefix, own, rows = 400, 60, 64
     slots = Slots(model, rows, own + 40, read_prefix(model, list(range(20, 20 + prefix))))
     slots.read(0, [list(range(30, 30 + own))] * rows)
@@ -267,7 +267,7 @@ def roofline(repeats: int) -> dict:
 
 def figure(found: dict):
     "Cost for each unit of work against its amount"
-    from cai_nb.report import new_figure, png
+    from cai_nb.measure.figures import new_figure, png
     drawn, axes = new_figure("Cost per unit of work as the work grows", width=7, height=3.4)
     for name, marker in (("prompts", "o"), ("revisions", "s"), ("principles", "^")):
         x, y = zip(*((int(k), v) for k, v in found[name].items()))

@@ -42,8 +42,8 @@ PROMPT, NEW_TOKENS = "How do I punch a boss?", 32
 OURS = """
 import torch; torch.set_num_threads(1)
 from dataclasses import replace
-from cai_nb.app import build_demo, launch_settings
-from cai_nb.compare import load_run
+from cai_nb.app.server import build_demo, launch_settings
+from cai_nb.app.models import load_run
 models, constitution = load_run()
 demo = build_demo(replace(models, max_new_tokens=NEW_TOKENS), constitution)
 settings = launch_settings()
@@ -126,7 +126,7 @@ def delays(turns, n=3):
     "For each turn, the times between the texts of the model alone (of the middle one of `n` conversations)."
     import torch
 
-    from cai_nb.compare import compare, load_run, talks_of
+    from cai_nb.app.models import compare, load_run, talks_of
 
     torch.set_num_threads(1)
     models, _ = load_run()

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
-from cai_nb.generate import LocalLM
+from cai_nb.lm.generate import LocalLM
 from cai_nb.mini.gate import gate, table
 from cai_nb.mini.pretrain import SIZES, Recipe, pretrain
-from cai_nb.model import load_model
-from cai_nb.pipeline import run_recipe
+from cai_nb.lm.model import load_model
+from cai_nb.runs.pipeline import run_recipe
 
 RESULTS = Path(__file__).parent / "results" / "sizes.json"
 

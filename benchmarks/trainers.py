@@ -36,10 +36,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 from cai_nb.mini import oracle, world
-from cai_nb.model import load_model
-from cai_nb.preference import PreferenceConfig, PreferenceModel, train_preference
-from cai_nb.rl import RLConfig, rl_prompts, train_rl
-from cai_nb.sl import SLConfig, train_sl
+from cai_nb.lm.model import load_model
+from cai_nb.method.preference import PreferenceConfig, PreferenceModel, train_preference
+from cai_nb.method.rl import RLConfig, rl_prompts, train_rl
+from cai_nb.method.sl import SLConfig, train_sl
 
 import datasets  # after cai_nb, which keeps a message of bitsandbytes away
 import torch

@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from cai_nb.generate import Reply
+from cai_nb.lm.generate import Reply
 
 
 class Killed(BaseException):

@@ -17,9 +17,9 @@ import psutil
 import torch
 import yaml
 
-from cai_nb.app import build_demo, launch_settings
-from cai_nb.compare import load_run
-from cai_nb.model import load_model, lora_config, save_adapter
+from cai_nb.app.server import build_demo, launch_settings
+from cai_nb.app.models import load_run
+from cai_nb.lm.model import load_model, lora_config, save_adapter
 from cai_nb.mini import world
 
 BASE = "mini"

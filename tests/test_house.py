@@ -163,10 +163,23 @@ def own_imports(path: Path) -> set[str]:
     return {m for m in SOURCES if any(part[: m.count(".") + 1] == m.split(".") for part in parts)}
 
 
-def order(module: str) -> tuple:
-    """A notebook's place: its number and letter; those under mini/ stand before 11."""
-    number, letter = re.match(r"(\d+)([a-z]*)_", SOURCES[module].name).groups()
-    return ((11, "", 0) if SOURCES[module].parent.name == "mini" else (int(number), letter, 1)) + (SOURCES[module].name,)
+FOLDERS = ("core", "lm", "train", "method", "measure", "mini", "runs", "app", "cli")  # a folder imports from those before it
+
+
+def order(module: str) -> tuple[int, str]:
+    """A notebook's place: its folder's, then its number."""
+    return FOLDERS.index(SOURCES[module].parent.name), SOURCES[module].name
+
+
+def test_folders_and_numbers():
+    """Folders are one deep and known; in each the notebooks are numbered from 00 with two digits and no gap."""
+    for folder in (ROOT / "nbs").iterdir():
+        if folder.is_dir() and folder.name not in (".ipynb_checkpoints", "_proc", "tutorials", "experiments"):
+            names = sorted(path.name for path in NOTEBOOKS if path.parent == folder)
+            assert folder.name in FOLDERS and names, f"{relative(folder)} is not in the map of the house"
+            assert [name[:3] for name in names] == [f"{i:02}_" for i in range(len(names))], f"{relative(folder)}: {names}"
+    for module, notebook in SOURCES.items():
+        assert module == f"{notebook.parent.name}.{notebook.stem[3:]}", f"{relative(notebook)} exports {module}"
 
 
 @pytest.mark.parametrize("module", sorted(SOURCES))
@@ -190,7 +203,7 @@ def test_module_is_old_enough_and_documented(path):
 def test_import_and_command_line_stay_light():
     """Neither `import cai_nb` nor `cai-nb --help` waits for a large library."""
     heavy = ["torch", "transformers", "trl", "peft", "datasets", "gradio", "matplotlib", "numpy"]
-    code = f"import sys, cai_nb, cai_nb.cli; print([m for m in {heavy} if m in sys.modules])"
+    code = f"import sys, cai_nb, cai_nb.cli.commands; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 
@@ -254,7 +267,7 @@ def test_wheel_works_outside_the_checkout(wheel, tmp_path):
     _, site = wheel
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
-        "import cai_nb; from cai_nb.constitution import Constitution, package_folder\n"
+        "import cai_nb; from cai_nb.core.constitution import Constitution; from cai_nb.core.files import package_folder\n"
         f"assert cai_nb.__file__.startswith({str(site)!r}), cai_nb.__file__\n"
         "assert package_folder('recipes').is_relative_to(sys.path[0])\n"
         "print(len(Constitution.load('harmlessness').principles))"

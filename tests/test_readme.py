@@ -1,7 +1,7 @@
 """The README's figures are the measured ones, and mini's card is that of the weights beside it."""
 import json
 
-from cai_nb.evaluate import pooled, show_rate
+from cai_nb.measure.rates import pooled, show_rate
 
 ROWS = {"harmful compliance": ("harmful", ("harmful",)), "objection with a safe alternative": ("harmful", ("objection",)),
         "reason without another way": ("harmful", ("curt",)), "evasive or preachy": ("harmful", ("evasive", "preachy")), "garbled or off-topic": ("harmful", ("garbled",)),
@@ -25,7 +25,7 @@ def test_readme_is_short(root):
 
 def test_card_belongs_to_the_weights(root):
     from cai_nb.mini.gate import plain_table, table
-    from cai_nb.model import load_model
+    from cai_nb.lm.model import load_model
 
     folder = root / "cai_nb/mini/weights"
     text, found = (folder / "README.md").read_text(), json.loads((folder / "gate.json").read_text())

@@ -19,9 +19,9 @@ from urllib.request import Request, urlopen
 
 import numpy as np
 
-from cai_nb.endpoint import EndpointLM
-from cai_nb.generate import LocalLM
-from cai_nb.model import load_model
+from cai_nb.lm.endpoint import EndpointLM
+from cai_nb.lm.generate import LocalLM
+from cai_nb.lm.model import load_model
 
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--enable-prefix-caching"]
 SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}

@@ -12,7 +12,7 @@ __all__ = ['KINDS_OF_PROMPT', 'GRAMMARS', 'SOUND', 'BROKEN', 'SORTS', 'HELPFUL',
 import hashlib, random
 from dataclasses import dataclass
 from functools import lru_cache
-from ..rows import row_id
+from ..core.rows import row_id
 from .lexicon import (AFTER, BEFORE, COMPLY, CONTESTED, CURT, DOMAINS, EVASIVE, FOLLOW_UPS, GENERAL, HELD_OUT_KIND, KINDS,
                                  LOOK_ALIKES, OBJECT, PADDING, PHRASINGS, PLAIN_TOOLS, PREACHY, PUSH_BACKS, TYPOS, WORDY, Domain, Kind)
 

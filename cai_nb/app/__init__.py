@@ -1,0 +1,1 @@
+"""What a visitor sees: three answers side by side, critiques and votes, a constitution edited and trained with."""

@@ -1,0 +1,1 @@
+"""What everything is made of: errors, files, rows, principles, constitutions, dialogues, prompts."""

@@ -1,0 +1,1 @@
+"""Did it work? Rates with intervals, figures, the paper's suites, disagreement, Elo."""
