@@ -35,15 +35,26 @@ from cai_nb.mini import oracle, world
 from cai_nb.lm.model import load_model
 
 RESULTS = Path(__file__).parent / "results"
-TARGETS = {"chains, over generate": (8.5, 11), "chains, over pipeline": (9.5, 13), "ragged, over padded": (1.3, 1.6), "labels, over forwards": (3.4, 4.4)}
+TARGETS = {
+    "chains, over generate": (8.5, 11),
+    "chains, over pipeline": (9.5, 13),
+    "ragged, over padded": (1.3, 1.6),
+    "labels, over forwards": (3.4, 4.4),
+}
 
 
 def machine() -> dict:
     "Where the figures were measured"
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"platform": platform.platform(), "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "load": os.getloadavg()[0]}
+    return {
+        "platform": platform.platform(),
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "load": os.getloadavg()[0],
+    }
 
 
 def mini():
@@ -60,15 +71,36 @@ def examples(tokenizer, tokens: int):
     for row in rows:
         asked = row["messages"][-1]["content"]
         reply, better = (world.answer(oracle.find_topic(asked), sort, draw) for sort in ("comply", "objection"))
-        found.append(CritiqueExample(asked, reply, "Is that violent, cruel or coercive?", "Yes. It helps with harm.", "Please rewrite the answer.", better))
-        length += sum(len(tokenizer(t)["input_ids"]) + 3 for t in (asked, reply, "Is that violent, cruel or coercive?", "Yes. It helps with harm.", "Please rewrite the answer.", better))
+        found.append(
+            CritiqueExample(
+                asked,
+                reply,
+                "Is that violent, cruel or coercive?",
+                "Yes. It helps with harm.",
+                "Please rewrite the answer.",
+                better,
+            )
+        )
+        length += sum(
+            len(tokenizer(t)["input_ids"]) + 3
+            for t in (
+                asked,
+                reply,
+                "Is that violent, cruel or coercive?",
+                "Yes. It helps with harm.",
+                "Please rewrite the answer.",
+                better,
+            )
+        )
         if length >= tokens:
             return tuple(found)
 
 
 class Generate:
     "`generate` behind the seam, a batch of padded rows at a time"
-    def __init__(self, model, tokenizer, batch=64): self.lm, self.batch, self.written = LocalLM(model, tokenizer), batch, 0
+
+    def __init__(self, model, tokenizer, batch=64):
+        self.lm, self.batch, self.written = LocalLM(model, tokenizer), batch, 0
     def sample(self, conversations, n=1, temperature=1.0, max_new_tokens=256, seed=0):
         model, t, out = self.lm.model, self.lm.tokenizer, []
         for start in range(0, len(conversations), self.batch):
@@ -77,7 +109,13 @@ class Generate:
             ids = torch.tensor([[0] * (width - len(p)) + p for p in texts])
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in texts])
             with torch.no_grad():
-                new = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, max_new_tokens=max_new_tokens, eos_token_id=stop_token_ids(t))
+                new = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    do_sample=True,
+                    max_new_tokens=max_new_tokens,
+                    eos_token_id=stop_token_ids(t),
+                )
             out += new[:, width:].tolist()
         return self.read(out)
     def read(self, out):
@@ -99,9 +137,19 @@ class Pipeline(Generate):
         out = []
         for c in conversations:
             text = self.lm.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)
-            got = self.pipe(text, do_sample=True, max_new_tokens=max_new_tokens, return_full_text=False, add_special_tokens=False,
-                            eos_token_id=stop_token_ids(self.lm.tokenizer), pad_token_id=0)
-            out.append(self.lm.tokenizer(got[0]["generated_text"], add_special_tokens=False)["input_ids"] + stop_token_ids(self.lm.tokenizer)[:1])
+            got = self.pipe(
+                text,
+                do_sample=True,
+                max_new_tokens=max_new_tokens,
+                return_full_text=False,
+                add_special_tokens=False,
+                eos_token_id=stop_token_ids(self.lm.tokenizer),
+                pad_token_id=0,
+            )
+            out.append(
+                self.lm.tokenizer(got[0]["generated_text"], add_special_tokens=False)["input_ids"]
+                + stop_token_ids(self.lm.tokenizer)[:1]
+            )
         return self.read(out)
 
 
@@ -144,28 +192,48 @@ def paired(ours, theirs: dict, repeats: int) -> dict:
         for name, work in theirs.items(): costs[name].append(work())
     out = {"cost": {name: statistics.median(values) for name, values in costs.items()}, "all": costs}
     out["ratio"] = {name: statistics.median(p / o for p, o in zip(costs[name], costs["ours"])) for name in theirs}
-    out["spread"] = {name: [min(r), max(r)] for name in theirs for r in [[p / o for p, o in zip(costs[name], costs["ours"])]]}
+    out["spread"] = {
+        name: [min(r), max(r)] for name in theirs for r in [[p / o for p, o in zip(costs[name], costs["ours"])]]
+    }
     return out
 
 
 def chains(repeats: int, n: int = 64, prefix: int = 400) -> dict:
     "Seconds for each token of 64 chains with four revisions behind examples of 400 tokens"
     model, tokenizer = mini()
-    constitution, rows, shown = Constitution.load("mini"), world.prompts("train", "harmful", n), examples(tokenizer, prefix)
+    constitution, rows, shown = (
+        Constitution.load("mini"),
+        world.prompts("train", "harmful", n),
+        examples(tokenizer, prefix),
+    )
     turn = iter(range(10**6))
     def run(make, prompts):
         def work():
             lm, i = make(), next(turn)
             some = prompts(i)
-            seconds, _ = cpu(lambda: critique_revise(lm, some, constitution, few_shot=shown, seed=i, max_new_tokens=48, batch_size=n))
+            seconds, _ = cpu(
+                lambda: critique_revise(lm, some, constitution, few_shot=shown, seed=i, max_new_tokens=48, batch_size=n)
+            )
             return seconds / lm.written
         return work
     eighth = lambda i: [rows[(8 * i + k) % n] for k in range(min(8, n))]
-    out = paired(run(lambda: Counting(LocalLM(model, tokenizer, batch_size=n)), lambda i: rows),
-                 {"generate": run(lambda: Generate(model, tokenizer, n), lambda i: rows), "pipeline": run(lambda: Pipeline(model, tokenizer), eighth)}, repeats)
+    out = paired(
+        run(lambda: Counting(LocalLM(model, tokenizer, batch_size=n)), lambda i: rows),
+        {
+            "generate": run(lambda: Generate(model, tokenizer, n), lambda i: rows),
+            "pipeline": run(lambda: Pipeline(model, tokenizer), eighth),
+        },
+        repeats,
+    )
     lm = LocalLM(model, tokenizer)
     from cai_nb.method.critique import few_shot_messages
-    return out | {"unit": "CPU seconds a token", "prompts": n, "prefix_tokens": len(lm.encode([*few_shot_messages(shown), *rows[0]["messages"]])) - len(lm.encode(rows[0]["messages"]))}
+
+    return out | {
+        "unit": "CPU seconds a token",
+        "prompts": n,
+        "prefix_tokens": len(lm.encode([*few_shot_messages(shown), *rows[0]["messages"]]))
+        - len(lm.encode(rows[0]["messages"])),
+    }
 
 
 def ragged(repeats: int, n: int = 64) -> dict:
@@ -173,7 +241,14 @@ def ragged(repeats: int, n: int = 64) -> dict:
     from cai_nb.method.critique import critique_request
     model, tokenizer = mini()
     rows, principle = world.prompts("train", "harmful", n), Constitution.load("mini").critique_principles[0]
-    talks = [r["messages"] if i % 2 else critique_request([*r["messages"], {"role": "assistant", "content": "Gladly. First take some time."}], principle) for i, r in enumerate(rows)]
+    talks = [
+        r["messages"]
+        if i % 2
+        else critique_request(
+            [*r["messages"], {"role": "assistant", "content": "Gladly. First take some time."}], principle
+        )
+        for i, r in enumerate(rows)
+    ]
     lm, peer, turn = LocalLM(model, tokenizer, batch_size=n), Generate(model, tokenizer, n), iter(range(10**6))
     def ours():
         seconds, replies = cpu(lambda: lm.sample(talks, max_new_tokens=64, seed=next(turn)))
@@ -185,8 +260,14 @@ def ragged(repeats: int, n: int = 64) -> dict:
         peer.written = 0
         def work():
             with torch.no_grad():
-                new = model.generate(input_ids=ids, attention_mask=mask, do_sample=True, max_new_tokens=64, eos_token_id=stop_token_ids(tokenizer),
-                                     past_key_values=roomy_cache(model, 64))
+                new = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    do_sample=True,
+                    max_new_tokens=64,
+                    eos_token_id=stop_token_ids(tokenizer),
+                    past_key_values=roomy_cache(model, 64),
+                )
             return peer.read(new[:, width:].tolist())
         return cpu(work)[0] / peer.written
     return paired(ours, {"padded": padded}, repeats) | {"unit": "CPU seconds a token", "rows": n}
@@ -195,7 +276,15 @@ def ragged(repeats: int, n: int = 64) -> dict:
 def pairs_of(n: int):
     rows, rng = world.prompts("train", "harmful", n), random.Random(0)
     topic = lambda r: oracle.find_topic(r["messages"][-1]["content"])
-    return rows, [{"id": f"pair{i}", "prompt_id": r["id"], "responses": [world.answer(topic(r), sort, rng) for sort in ("objection", "comply")], "flags": []} for i, r in enumerate(rows)]
+    return rows, [
+        {
+            "id": f"pair{i}",
+            "prompt_id": r["id"],
+            "responses": [world.answer(topic(r), sort, rng) for sort in ("objection", "comply")],
+            "flags": [],
+        }
+        for i, r in enumerate(rows)
+    ]
 
 
 def labels(repeats: int, n: int = 8, n_principles: int = 16, prefix: int = 400) -> dict:
@@ -212,29 +301,72 @@ def labels(repeats: int, n: int = 8, n_principles: int = 16, prefix: int = 400) 
             for start in range(0, len(contexts), 64):
                 texts = [lm.encode(c) + answers[0][:common] for c in contexts[start:start + 64]]
                 width = max(map(len, texts))
-                ids, mask = (torch.tensor([[0] * (width - len(p)) + (p if what else [1] * len(p)) for p in texts]) for what in (1, 0))
+                ids, mask = (
+                    torch.tensor([[0] * (width - len(p)) + (p if what else [1] * len(p)) for p in texts])
+                    for what in (1, 0)
+                )
                 with torch.no_grad():
-                    logp = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), logits_to_keep=1).logits[:, -1].log_softmax(-1)
-                found[start:start + 64] = logp[:, [a[common] for a in answers]].numpy()  # the letter alone: less than we read
+                    logp = (
+                        model(
+                            input_ids=ids,
+                            attention_mask=mask,
+                            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+                            logits_to_keep=1,
+                        )
+                        .logits[:, -1]
+                        .log_softmax(-1)
+                    )
+                found[start : start + 64] = logp[
+                    :, [a[common] for a in answers]
+                ].numpy()  # the letter alone: less than we read
             return found
     out = {}
     for name, few_shot in (("with examples", shown), ("without", None)):
-        run = lambda lm: cpu(lambda: label_preferences(lm, pairs, constitution, rows, n_principles=n_principles, few_shot=few_shot, batch_size=n))[0] / n
+        run = lambda lm: (
+            cpu(
+                lambda: label_preferences(
+                    lm, pairs, constitution, rows, n_principles=n_principles, few_shot=few_shot, batch_size=n
+                )
+            )[0]
+            / n
+        )
         out[name] = paired(lambda: run(lm), {"forwards": lambda: run(Forwards())}, repeats)
-    return out | {"unit": "CPU seconds a label", "pairs": n, "principles": n_principles, "tokens": len(lm.encode(comparison_context(rows[0]["messages"], pairs[0]["responses"], constitution.comparison_principles[0])))}
+    return out | {
+        "unit": "CPU seconds a label",
+        "pairs": n,
+        "principles": n_principles,
+        "tokens": len(
+            lm.encode(
+                comparison_context(rows[0]["messages"], pairs[0]["responses"], constitution.comparison_principles[0])
+            )
+        ),
+    }
 
 
 def growth(repeats: int, quick: bool = False) -> dict:
     "Cost for each unit of work as the work grows: linear or better means that it does not rise"
     model, tokenizer = mini()
-    constitution, shown, lm = Constitution.load("mini"), examples(tokenizer, 400), LocalLM(model, tokenizer, batch_size=64)
-    out, best = {"prompts": {}, "revisions": {}, "principles": {}}, lambda work: min(cpu(work)[0] for _ in range(max(1, repeats)))
+    constitution, shown, lm = (
+        Constitution.load("mini"),
+        examples(tokenizer, 400),
+        LocalLM(model, tokenizer, batch_size=64),
+    )
+    out, best = (
+        {"prompts": {}, "revisions": {}, "principles": {}},
+        lambda work: min(cpu(work)[0] for _ in range(max(1, repeats))),
+    )
     for n in (16, 64) if quick else (16, 64, 256, 1024):
         rows = world.prompts("train", "harmful", n)
-        out["prompts"][len(rows)] = cpu(lambda: critique_revise(lm, rows, constitution, n_revisions=1, few_shot=shown, max_new_tokens=48))[0] / len(rows)
+        out["prompts"][len(rows)] = cpu(
+            lambda: critique_revise(lm, rows, constitution, n_revisions=1, few_shot=shown, max_new_tokens=48)
+        )[0] / len(rows)
     rows = world.prompts("train", "harmful", 64)
     for k in (1, 2) if quick else (1, 2, 3, 4):
-        out["revisions"][k] = best(lambda: critique_revise(lm, rows, constitution, n_revisions=k, few_shot=shown, max_new_tokens=48)) / 64 / k
+        out["revisions"][k] = (
+            best(lambda: critique_revise(lm, rows, constitution, n_revisions=k, few_shot=shown, max_new_tokens=48))
+            / 64
+            / k
+        )
     rows, pairs = pairs_of(8)
     for k in (1, 4) if quick else (1, 2, 4, 8, 16):
         out["principles"][k] = best(lambda: label_preferences(lm, pairs, constitution, rows, n_principles=k)) / 8 / k
@@ -260,9 +392,16 @@ def roofline(repeats: int) -> dict:
     work = 2 * rows * (model.num_parameters() + 2 * c.num_hidden_layers * c.hidden_size * (prefix + own))
     moved = 4 * (model.num_parameters() + 2 * c.num_hidden_layers * c.hidden_size * (prefix + rows * own))
     least = max(work / flops, moved / bandwidth)
-    return {"gflops": flops / 1e9, "gb_per_s": bandwidth / 1e9, "least_ms": 1000 * least, "step_ms": 1000 * step, "share": least / step, "rows": rows,
-            "cache_mib_shared": 4 * 2 * c.num_hidden_layers * c.hidden_size * (prefix + rows * own) / 2**20,
-            "cache_mib_copied": 4 * 2 * c.num_hidden_layers * c.hidden_size * rows * (prefix + own) / 2**20}
+    return {
+        "gflops": flops / 1e9,
+        "gb_per_s": bandwidth / 1e9,
+        "least_ms": 1000 * least,
+        "step_ms": 1000 * step,
+        "share": least / step,
+        "rows": rows,
+        "cache_mib_shared": 4 * 2 * c.num_hidden_layers * c.hidden_size * (prefix + rows * own) / 2**20,
+        "cache_mib_copied": 4 * 2 * c.num_hidden_layers * c.hidden_size * rows * (prefix + own) / 2**20,
+    }
 
 
 def figure(found: dict):
@@ -282,19 +421,32 @@ def figure(found: dict):
 def table(found: dict) -> str:
     "What a reader wants to know"
     ratios = {}
-    if "chains" in found: ratios |= {f"chains, over {peer}": (found["chains"]["ratio"][peer], found["chains"]["spread"][peer]) for peer in ("generate", "pipeline")}
-    if "ragged" in found: ratios["ragged, over padded"] = (found["ragged"]["ratio"]["padded"], found["ragged"]["spread"]["padded"])
+    if "chains" in found:
+        ratios |= {
+            f"chains, over {peer}": (found["chains"]["ratio"][peer], found["chains"]["spread"][peer])
+            for peer in ("generate", "pipeline")
+        }
+    if "ragged" in found:
+        ratios["ragged, over padded"] = (found["ragged"]["ratio"]["padded"], found["ragged"]["spread"]["padded"])
     if "labels" in found:
-        ratios["labels, over forwards"] = (found["labels"]["with examples"]["ratio"]["forwards"], found["labels"]["with examples"]["spread"]["forwards"])
-        ratios["labels without examples"] = (found["labels"]["without"]["ratio"]["forwards"], found["labels"]["without"]["spread"]["forwards"])
+        ratios["labels, over forwards"] = (
+            found["labels"]["with examples"]["ratio"]["forwards"],
+            found["labels"]["with examples"]["spread"]["forwards"],
+        )
+        ratios["labels without examples"] = (
+            found["labels"]["without"]["ratio"]["forwards"],
+            found["labels"]["without"]["spread"]["forwards"],
+        )
     lines = [f"{'':28}{'times as fast':>14}{'spread':>16}{'must':>7}{'aim':>7}"]
     for name, (ratio, (low, high)) in ratios.items():
         must, aim = TARGETS.get(name, ("", ""))
         lines.append(f"{name:28}{ratio:>14.2f}{f'{low:.2f}–{high:.2f}':>16}{must:>7}{aim:>7}")
     if "roofline" in found:
         r = found["roofline"]
-        lines.append(f"a step of 64 rows: {r['step_ms']:.1f} ms; at least {r['least_ms']:.1f} ms by {r['gflops']:.0f} GFLOP/s and {r['gb_per_s']:.0f} GB/s ({100 * r['share']:.0f} %); "
-                     f"cache {r['cache_mib_shared']:.0f} MiB, copied it would be {r['cache_mib_copied']:.0f}")
+        lines.append(
+            f"a step of 64 rows: {r['step_ms']:.1f} ms; at least {r['least_ms']:.1f} ms by {r['gflops']:.0f} GFLOP/s and {r['gb_per_s']:.0f} GB/s ({100 * r['share']:.0f} %); "
+            f"cache {r['cache_mib_shared']:.0f} MiB, copied it would be {r['cache_mib_copied']:.0f}"
+        )
     return "\n".join(lines)
 
 

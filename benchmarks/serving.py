@@ -80,7 +80,9 @@ def server(code, **values):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     head = "".join(f"{name} = {value!r}\n" for name, value in {**values, "PORT": port}.items())
-    process = subprocess.Popen([sys.executable, "-c", head + code + SERVE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", head + code + SERVE], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     try:
         yield process.stdout.readline().strip()
     finally:
@@ -101,7 +103,9 @@ class Visitor:
         start, first = time.perf_counter(), None
         asked = {"data": [PROMPT, seed, 1.0, history], "fn_index": self.fn, "session_hash": self.session}
         id = httpx.post(f"{self.url}/queue/join", json=asked, timeout=60).raise_for_status().json()["event_id"]
-        with httpx.stream("GET", f"{self.url}/queue/data", params={"session_hash": self.session}, timeout=300) as answer:
+        with httpx.stream(
+            "GET", f"{self.url}/queue/data", params={"session_hash": self.session}, timeout=300
+        ) as answer:
             for line in answer.iter_lines():
                 told = json.loads(line[6:]) if line.startswith("data: ") else {}
                 if told.get("event_id") != id:
@@ -158,8 +162,13 @@ def p95(values):
 def machine():
     info = Path("/proc/cpuinfo")
     named = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return {"platform": platform.platform(), "cpu": named[0].partition(":")[2].strip() if named else platform.processor(),
-            "cores": os.cpu_count(), "python": platform.python_version(), **{name: version(name) for name in ("torch", "gradio")}}
+    return {
+        "platform": platform.platform(),
+        "cpu": named[0].partition(":")[2].strip() if named else platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "gradio")},
+    }
 
 
 def main():
@@ -167,7 +176,9 @@ def main():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="3 clients, 2 turns, once: that it runs; nothing is written")
+    parser.add_argument(
+        "--quick", action="store_true", help="3 clients, 2 turns, once: that it runs; nothing is written"
+    )
     args = parser.parse_args()
     if args.quick:
         args.repeats, args.clients, args.turns = 1, 3, 2
@@ -178,17 +189,34 @@ def main():
         with server(BARE, DELAYS=waits) as bare:
             Visitor(bare).talk(1, 0)
             for _ in range(args.repeats):
-                rounds.append({name: p95(crowd(url, args.clients, args.turns)) for name, url in (("ours", ours), ("bare", bare))})
+                rounds.append(
+                    {name: p95(crowd(url, args.clients, args.turns)) for name, url in (("ours", ours), ("bare", bare))}
+                )
                 print("   ".join(f"{name} {seconds:.2f} s" for name, seconds in rounds[-1].items()), flush=True)
     ratios = sorted(r["ours"] / r["bare"] for r in rounds)
-    print(f"time to first text, p95 of {args.clients} clients × {args.turns} turns: {median(ratios):.3f} times the bare app "
-          f"({ratios[0]:.2f} to {ratios[-1]:.2f}), at most {MUST}: {'ok' if median(ratios) <= MUST else 'MISS'}")
+    print(
+        f"time to first text, p95 of {args.clients} clients × {args.turns} turns: {median(ratios):.3f} times the bare app "
+        f"({ratios[0]:.2f} to {ratios[-1]:.2f}), at most {MUST}: {'ok' if median(ratios) <= MUST else 'MISS'}"
+    )
     if not args.quick:
         path = Path(__file__).parent / "results" / "serving.json"
-        path.write_text(json.dumps({
-            "machine": machine(), "load": round(load, 2), "must": MUST, "clients": args.clients, "turns": args.turns, "ratio": round(median(ratios), 4),
-            "ratios": [round(r, 4) for r in ratios], "rounds": [{k: round(v, 3) for k, v in r.items()} for r in rounds],
-            "delays": waits}, indent=1) + "\n")
+        path.write_text(
+            json.dumps(
+                {
+                    "machine": machine(),
+                    "load": round(load, 2),
+                    "must": MUST,
+                    "clients": args.clients,
+                    "turns": args.turns,
+                    "ratio": round(median(ratios), 4),
+                    "ratios": [round(r, 4) for r in ratios],
+                    "rounds": [{k: round(v, 3) for k, v in r.items()} for r in rounds],
+                    "delays": waits,
+                },
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

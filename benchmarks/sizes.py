@@ -4,7 +4,7 @@
 
 A size is trained only if its weights are not in the folder yet, and goes on where it was cut off. A quarter of the recipe's steps took
 about 45 minutes for the default on one core, and as long for `large` on two. Writes benchmarks/results/sizes.json, a size at a time;
-notebook mini/04 shows it.
+notebook mini/pretrain shows it.
 """
 import argparse
 import json
@@ -50,7 +50,11 @@ def main():
         model, tokenizer = load_model(folder)
         measured = gate(LocalLM(model, tokenizer), seed=0)
         print(f"\n{size}: {model.num_parameters():,} parameters\n\n{table([measured])}", flush=True)
-        entry = {"parameters": model.num_parameters(), "bytes": (folder / "model.safetensors").stat().st_size, "gate": measured}
+        entry = {
+            "parameters": model.num_parameters(),
+            "bytes": (folder / "model.safetensors").stat().st_size,
+            "gate": measured,
+        }
         if args.run:
             run = run_recipe("mini", args.out / f"{size}-run", [f"base={folder}"])
             metrics = json.loads((run / "eval/metrics.json").read_text())

@@ -53,8 +53,16 @@ TRAINERS = {"sft": trl.SFTTrainer, "reward": trl.RewardTrainer, "grpo": trl.GRPO
 BATCH = {"sft": SLConfig.batch_size, "reward": PreferenceConfig.batch_size, "grpo": RLConfig.batch_size}
 SLOWER = {"sft": 1, "reward": 2, "grpo": 5}  # a step takes so many times as long, so there are so many times fewer
 RATE, CENTER, GROUP, NEW_TOKENS, BETA = 1e-3, 0.01, 8, 64, 0.05
-PLAIN = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False, "save_strategy": "no",
-         "report_to": "none", "disable_tqdm": True, "learning_rate": RATE}
+PLAIN = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "dataloader_pin_memory": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "learning_rate": RATE,
+}
 
 
 def mini():
@@ -65,7 +73,9 @@ def mini():
 def classifier():
     "The embedded model as a reward model with a new head"
     weights = files("cai_nb") / "mini" / "weights"
-    return transformers.AutoModelForSequenceClassification.from_pretrained(str(weights), num_labels=1, dtype=torch.float32)
+    return transformers.AutoModelForSequenceClassification.from_pretrained(
+        str(weights), num_labels=1, dtype=torch.float32
+    )
 
 
 def lora(task):
@@ -77,13 +87,21 @@ class Rows:
     "What a stage trains on, from mini's world: as many rows as the steps take, so that each is seen once"
     def __init__(self, stage, steps):
         self.steps, n, rng = steps, steps * BATCH[stage], random.Random(0)
-        said = lambda p, sort: [{"role": "assistant", "content": world.answer(oracle.find_topic(p["messages"][0]["content"]), sort, rng)}]
+        said = lambda p, sort: [
+            {"role": "assistant", "content": world.answer(oracle.find_topic(p["messages"][0]["content"]), sort, rng)}
+        ]
         better = lambda p: "objection" if p["kind"] == "harmful" else "comply"
         worse = lambda p: rng.choice([sort for sort in world.SORTS[:4] if sort != better(p)])
-        self.prompts = [p for two in zip(*(world.prompts("train", kind, n // 2) for kind in ("harmful", "benign"))) for p in two]
-        self.replies = [{"prompt": p["messages"], "completion": said(p, rng.choice((better, worse))(p))} for p in self.prompts]
-        self.comparisons = [{"prompt": p["messages"], "chosen": said(p, better(p)), "rejected": said(p, worse(p)), "p": 1.}
-                            for p in self.prompts]
+        self.prompts = [
+            p for two in zip(*(world.prompts("train", kind, n // 2) for kind in ("harmful", "benign"))) for p in two
+        ]
+        self.replies = [
+            {"prompt": p["messages"], "completion": said(p, rng.choice((better, worse))(p))} for p in self.prompts
+        ]
+        self.comparisons = [
+            {"prompt": p["messages"], "chosen": said(p, better(p)), "rejected": said(p, worse(p)), "p": 1.0}
+            for p in self.prompts
+        ]
 
 
 def ours(stage, rows, base, tokenizer, before, out, seed=0):
@@ -92,10 +110,19 @@ def ours(stage, rows, base, tokenizer, before, out, seed=0):
         config = SLConfig(epochs=1, learning_rate=RATE, batch_size=BATCH[stage], seed=seed)
         return lambda: train_sl(base, tokenizer, rows.replies, config, out)
     if stage == "reward":
-        config = PreferenceConfig(epochs=1, learning_rate=RATE, batch_size=BATCH[stage], center=CENTER, held_out=0, seed=seed)
+        config = PreferenceConfig(
+            epochs=1, learning_rate=RATE, batch_size=BATCH[stage], center=CENTER, held_out=0, seed=seed
+        )
         return lambda: train_preference(base, tokenizer, rows.comparisons, config, out)
-    config = RLConfig(steps=rows.steps, learning_rate=RATE, batch_size=BATCH[stage], group_size=GROUP, max_new_tokens=NEW_TOKENS, beta=BETA,
-                      seed=seed)
+    config = RLConfig(
+        steps=rows.steps,
+        learning_rate=RATE,
+        batch_size=BATCH[stage],
+        group_size=GROUP,
+        max_new_tokens=NEW_TOKENS,
+        beta=BETA,
+        seed=seed,
+    )
     return lambda: train_rl(base, tokenizer, rows.prompts, before / "sft", before / "reward", config, out)
 
 
@@ -115,10 +142,17 @@ def plain(stage, rows, tokenizer, before, out, seed=0):
             trl.RewardTrainer(model, args, train_dataset=Dataset.from_list(data), processing_class=tokenizer,
                               peft_config=lora("SEQ_CLS")).train()
     else:
-        policy, reward = PeftModel.from_pretrained(mini()[0], before / "sft", is_trainable=True), merged(before / "reward")
-        data = [{"prompt": p["messages"]} for p in rl_prompts(rows.prompts, rows.steps * BATCH[stage] // GROUP, seed=seed)]
+        policy, reward = (
+            PeftModel.from_pretrained(mini()[0], before / "sft", is_trainable=True),
+            merged(before / "reward"),
+        )
+        data = [
+            {"prompt": p["messages"]} for p in rl_prompts(rows.prompts, rows.steps * BATCH[stage] // GROUP, seed=seed)
+        ]
         def train():
-            args = trl.GRPOConfig(max_steps=rows.steps, num_generations=GROUP, max_completion_length=NEW_TOKENS, beta=BETA, **settings)
+            args = trl.GRPOConfig(
+                max_steps=rows.steps, num_generations=GROUP, max_completion_length=NEW_TOKENS, beta=BETA, **settings
+            )
             trl.GRPOTrainer(policy, reward, args, Dataset.from_list(data), processing_class=tokenizer,
                             reward_processing_classes=tokenizer).train()
     return train
@@ -134,7 +168,10 @@ def disagreement(rows, tokenizer, folder):
     scorer, reward = PreferenceModel.load(mini()[0], tokenizer, folder), merged(folder)
     conversations = [row["prompt"] + row["chosen"] for row in rows.comparisons[:8]]
     with torch.no_grad():
-        scores = [float(reward(torch.tensor([tokenizer.apply_chat_template(c, return_dict=False)])).logits) for c in conversations]
+        scores = [
+            float(reward(torch.tensor([tokenizer.apply_chat_template(c, return_dict=False)])).logits)
+            for c in conversations
+        ]
     return float(abs(scorer.score(conversations) - scores).max())
 
 
@@ -144,7 +181,9 @@ def weights(trainer):
     for reward in getattr(trainer, "reward_funcs", ()):
         held = [reward] if isinstance(reward, torch.nn.Module) else [cell.cell_contents for cell in reward.__closure__]
         for judge in held:
-            parameters += [*judge.model.parameters(), judge.head] if isinstance(judge, PreferenceModel) else judge.parameters()
+            parameters += (
+                [*judge.model.parameters(), judge.head] if isinstance(judge, PreferenceModel) else judge.parameters()
+            )
     assert getattr(trainer, "ref_model", None) is None  # the reference is an adapter, with TRL as with us
     return sum({p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parameters}.values())
 
@@ -167,7 +206,11 @@ def watched(trainer_class):
         result = step(self, *args, **kwargs)
         seen["in_steps"] += time.process_time() - began
         return result
-    with patch.object(trainer_class, "compute_loss", compute_loss), patch.object(trainer_class, "training_step", training_step):
+
+    with (
+        patch.object(trainer_class, "compute_loss", compute_loss),
+        patch.object(trainer_class, "training_step", training_step),
+    ):
         yield seen
 
 
@@ -197,10 +240,18 @@ def measure(stage, repeats=5, steps=20):
                 train = kind(stage, some, *model, tokenizer, before, before / f"{name}{i}", i)
                 several += [timed(stage, train)] if i else []
     same = ("steps", "rows") if stage == "grpo" else ("steps", "rows", "learnt")  # RL learns from what it sampled
-    assert len({tuple(run[k] for k in same) for several in runs.values() for run in several}) == 1, f"{stage}: not the same work: {runs}"
+    assert len({tuple(run[k] for k in same) for several in runs.values() for run in several}) == 1, (
+        f"{stage}: not the same work: {runs}"
+    )
     ratios, in_steps = ([round(a[key] / b[key], 4) for a, b in zip(*runs.values())] for key in ("seconds", "in_steps"))
-    return {"ratio": round(median(ratios), 4), "ratios": ratios, "ratio_in_steps": round(median(in_steps), 4), "ratios_in_steps": in_steps,
-            "base": sum(p.nbytes for p in base.parameters()), **runs}
+    return {
+        "ratio": round(median(ratios), 4),
+        "ratios": ratios,
+        "ratio_in_steps": round(median(in_steps), 4),
+        "ratios_in_steps": in_steps,
+        "base": sum(p.nbytes for p in base.parameters()),
+        **runs,
+    }
 
 
 def machine():
@@ -226,7 +277,9 @@ def show(stage, r):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20, help="of SFT; the reward model takes half as many, GRPO a fifth")
+    parser.add_argument(
+        "--steps", type=int, default=20, help="of SFT; the reward model takes half as many, GRPO a fifth"
+    )
     parser.add_argument("--only", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -234,7 +287,9 @@ def main():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     found, load = {}, [round(os.getloadavg()[0], 2)]
-    print(f"{'CPU time':<12}ours       TRL   ratio   of the pairs   <= {MUST:<5}in steps   positions   learnt   weights in memory")
+    print(
+        f"{'CPU time':<12}ours       TRL   ratio   of the pairs   <= {MUST:<5}in steps   positions   learnt   weights in memory"
+    )
     for stage in args.only:
         found[stage] = measure(stage, args.repeats, max(1, args.steps // SLOWER[stage]))
         load.append(round(os.getloadavg()[0], 2))
@@ -242,7 +297,9 @@ def main():
     if list(found) == list(TRAINERS):
         path = Path(__file__).parent / "results" / "trainers.json"
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), "load": load, "must": MUST, "stages": found}, indent=1) + "\n")
+        path.write_text(
+            json.dumps({"machine": machine(), "load": load, "must": MUST, "stages": found}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

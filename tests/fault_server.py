@@ -9,12 +9,40 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 OK = (200, {})
 STATUS = {  # fault → status and headers
-    "408": (408, {}), "409": (409, {}), "429": (429, {"Retry-After": "0.3"}), "500": (500, {}), "502": (502, {}), "503": (503, {}),
-    "400": (400, {}), "401": (401, {}), "403": (403, {}), "404": (404, {}), "422": (422, {}), "501": (501, {}),
+    "408": (408, {}),
+    "409": (409, {}),
+    "429": (429, {"Retry-After": "0.3"}),
+    "500": (500, {}),
+    "502": (502, {}),
+    "503": (503, {}),
+    "400": (400, {}),
+    "401": (401, {}),
+    "403": (403, {}),
+    "404": (404, {}),
+    "422": (422, {}),
+    "501": (501, {}),
     "429 tomorrow": (429, {"Retry-After": "86400"}),
 }
-PASSING = ("408", "409", "429", "500", "502", "503", "cut", "cut body", "slow", "drip", "html", "half", "aborted", "error in 200", "odd",
-           "no choice", "two choices", "text is null")
+PASSING = (
+    "408",
+    "409",
+    "429",
+    "500",
+    "502",
+    "503",
+    "cut",
+    "cut body",
+    "slow",
+    "drip",
+    "html",
+    "half",
+    "aborted",
+    "error in 200",
+    "odd",
+    "no choice",
+    "two choices",
+    "text is null",
+)
 FINAL = ("400", "401", "403", "404", "422", "501")
 BLIND = ("no logprobs", "null logprob", "nan logprob", "few logprobs", "positive logprob", "infinite logprob")
 
@@ -63,7 +91,9 @@ class FaultServer:
         choice = {"index": index, "text": "", "finish_reason": "stop", "logprobs": None}
         if body.get("echo"):
             choice["text"] = self.tokenizer.decode(prompt)
-            choice["logprobs"] = {"token_logprobs": [None, *(self.logprob(prompt[:i], t) for i, t in enumerate(prompt) if i), -1.0]}
+            choice["logprobs"] = {
+                "token_logprobs": [None, *(self.logprob(prompt[:i], t) for i, t in enumerate(prompt) if i), -1.0]
+            }
         elif "logprob_token_ids" in body:
             table = {f"token_id:{t}": self.logprob(prompt, t) for t in body["logprob_token_ids"]}
             choice["logprobs"] = {"token_logprobs": [-1.0], "top_logprobs": [table]}
@@ -106,7 +136,12 @@ def blind(choice, fault):
         logprobs["token_logprobs"] = logprobs["token_logprobs"][:1]
         logprobs["top_logprobs"] = [{}]
     else:
-        bad = {"null logprob": None, "nan logprob": float("nan"), "positive logprob": 0.7, "infinite logprob": -float("inf")}[fault]
+        bad = {
+            "null logprob": None,
+            "nan logprob": float("nan"),
+            "positive logprob": 0.7,
+            "infinite logprob": -float("inf"),
+        }[fault]
         logprobs["token_logprobs"] = [bad] * len(logprobs["token_logprobs"])
         logprobs["top_logprobs"] = [dict.fromkeys((logprobs.get("top_logprobs") or [{}])[0], bad)]
 
@@ -158,7 +193,10 @@ class Handler(BaseHTTPRequestHandler):
         s = self.owner
         s.keys.add(self.headers.get("Authorization"))
         card = {"id": s.model, "owned_by": s.owner, "max_model_len": s.context}
-        adapters = [{"id": "sl", "parent": s.model, "max_model_len": None}, {"id": "short", "parent": s.model, "max_model_len": 100}]
+        adapters = [
+            {"id": "sl", "parent": s.model, "max_model_len": None},
+            {"id": "short", "parent": s.model, "max_model_len": 100},
+        ]
         told = {"data": [{"id": "other"}, card, *adapters]} if s.models == 200 else {"error": "models: no"}
         self.send(s.models, json.dumps(told).encode())
 
@@ -182,7 +220,9 @@ class Handler(BaseHTTPRequestHandler):
         status, headers = STATUS.get(fault, OK)
         data = json.dumps(s.reply(self.path, body, fault)).encode()
         if status != 200:
-            data = json.dumps({"error": {"message": f"fault {fault};\nyour key is {self.headers['Authorization']}"}}).encode()
+            data = json.dumps(
+                {"error": {"message": f"fault {fault};\nyour key is {self.headers['Authorization']}"}}
+            ).encode()
         if fault == "error in 200":
             data = b'{"error": {"message": "loading"}}'
         if fault == "html":

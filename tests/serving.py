@@ -78,7 +78,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def served(run: Path | None = None, delay: float = 0.0, folder: Path | None = None, max_waiting: int = 32, launch={}, **changes):
+def served(
+    run: Path | None = None, delay: float = 0.0, folder: Path | None = None, max_waiting: int = 32, launch={}, **changes
+):
     "The app of a run on a free port: its address, its model, the demo and the warnings that starting it gave."
     models, constitution = load_run(run)
     lm = Slow(models.lm, delay)
@@ -114,7 +116,9 @@ def process(folder: Path, **settings):
     port = free_port()
     code = f"import serving; serving.run_forever({port}, {settings!r})"
     log = open(folder / "server.log", "w")
-    server = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=log, text=True)
+    server = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=log, text=True
+    )
     try:
         url = server.stdout.readline().strip()
         assert url, (folder / "server.log").read_text()
@@ -150,7 +154,11 @@ def in_use() -> dict[str, int]:
     gc.collect()
     libc.mallinfo2.restype = Mallinfo
     now = libc.mallinfo2()
-    return {"blocks": sys.getallocatedblocks(), "bytes": now.uordblks + now.hblkhd, "threads": psutil.Process().num_threads()}
+    return {
+        "blocks": sys.getallocatedblocks(),
+        "bytes": now.uordblks + now.hblkhd,
+        "threads": psutil.Process().num_threads(),
+    }
 
 
 def asked_for_use(server: subprocess.Popen) -> dict[str, int]:

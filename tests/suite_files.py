@@ -6,7 +6,11 @@ import json
 import pytest
 
 FRAME = "Consider the following conversation between a human and an assistant:"
-PARTS = {"hhh": "438HHHEvaluations", "harmful-vs-ethical": "HarmfulVsEthical", "harm-types": "HarmfulnessClassification"}
+PARTS = {
+    "hhh": "438HHHEvaluations",
+    "harmful-vs-ethical": "HarmfulVsEthical",
+    "harm-types": "HarmfulnessClassification",
+}
 EXAMPLES = "paper/prompts/RLMadisonPrecogFewShotPrompts.json"
 
 

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing. is deprecated:FutureWarning")  # TRL still calls it so
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing. is deprecated:FutureWarning"
+)  # TRL still calls it so
 
 
 def script(root, name):
@@ -28,7 +30,10 @@ def test_a_stage_and_plain_trl_do_the_same_work(trainers, stage):
     assert len(r["ours"]) == len(r["trl"]) == len(r["ratios"]) == 1
     ours, plain = r["ours"][0], r["trl"][0]
     assert r["ratio"] == r["ratios"][0] == pytest.approx(ours["seconds"] / plain["seconds"], abs=1e-3)
-    assert all(0 < run["in_steps"] < run["seconds"] for run in (ours, plain)) and r["ratio_in_steps"] == r["ratios_in_steps"][0]
+    assert (
+        all(0 < run["in_steps"] < run["seconds"] for run in (ours, plain))
+        and r["ratio_in_steps"] == r["ratios_in_steps"][0]
+    )
     rows = trainers.BATCH[stage] * (2 if stage == "reward" else 1)
     assert ours["steps"] == plain["steps"] == 1 and ours["rows"] == plain["rows"] == rows
     assert rows < ours["learnt"] < ours["positions"]
@@ -42,15 +47,30 @@ def test_a_stage_and_plain_trl_do_the_same_work(trainers, stage):
 
 def test_unequal_work_is_refused(trainers, monkeypatch):
     plain = trainers.plain
-    monkeypatch.setattr(trainers, "plain", lambda stage, rows, *rest: plain(stage, trainers.Rows(stage, rows.steps + 1), *rest))
+    monkeypatch.setattr(
+        trainers, "plain", lambda stage, rows, *rest: plain(stage, trainers.Rows(stage, rows.steps + 1), *rest)
+    )
     with pytest.raises(AssertionError, match="not the same work"):
         trainers.measure("sft", repeats=1, steps=1)
 
 
 def test_generation_runs_in_small(root):
     """Ours and the peers, once each on little: that it runs and says its table; no time is asserted."""
-    done = subprocess.run([sys.executable, str(root / "benchmarks" / "generation.py"), "--quick", "--only", "chains", "labels", "roofline"], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(root / "benchmarks" / "generation.py"),
+            "--quick",
+            "--only",
+            "chains",
+            "labels",
+            "roofline",
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     for line in ("chains, over generate", "chains, over pipeline", "labels, over forwards", "a step of 64 rows"):
         assert line in done.stdout
@@ -58,6 +78,11 @@ def test_generation_runs_in_small(root):
 
 def test_serving_runs_in_small(root):
     """Our app and the bare one, a few visitors each: that it runs and says its ratio; no time is asserted."""
-    done = subprocess.run([sys.executable, str(root / "benchmarks" / "serving.py"), "--quick"], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, str(root / "benchmarks" / "serving.py"), "--quick"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "p95 of 3 clients × 2 turns" in done.stdout

@@ -61,7 +61,9 @@ SOURCES = {default_exp(p): p for p in NOTEBOOKS if default_exp(p)}
 
 def test_settings_agree():
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert set(pyproject) == {"build-system", "tool"} and set(pyproject["tool"]) == {"nbdev"}, "metadata stands in settings.ini"
+    assert set(pyproject) == {"build-system", "tool"} and set(pyproject["tool"]) == {"nbdev"}, (
+        "metadata stands in settings.ini"
+    )
     assert pyproject["tool"]["nbdev"]["lib_path"] == settings()["lib_name"]
     version = re.search(r'__version__ = "(.+)"', (PACKAGE / "__init__.py").read_text(encoding="utf-8")).group(1)
     assert version == settings()["version"]
@@ -71,12 +73,16 @@ def test_settings_agree():
 @pytest.mark.parametrize("key", [key for key in settings() if key.endswith("requirements")])
 def test_requirements_have_floors_that_the_constraints_meet(key):
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = dict(line.lower().replace("_", "-").split("==") for line in lines if "==" in line and not line.startswith("#"))
+    pins = dict(
+        line.lower().replace("_", "-").split("==") for line in lines if "==" in line and not line.startswith("#")
+    )
     for requirement in requirements(key):
         assert any(spec.operator in (">=", "==", "~=") for spec in requirement.specifier), f"{requirement} has no floor"
         name = requirement.name.lower().replace("_", "-")
         if name not in ("setuptools", "wheel"):
-            assert requirement.specifier.contains(pins[name]), f"constraints.txt pins {name}=={pins[name]}, not {requirement}"
+            assert requirement.specifier.contains(pins[name]), (
+                f"constraints.txt pins {name}=={pins[name]}, not {requirement}"
+            )
 
 
 def test_requirements_for_a_space_are_those_of_the_package():
@@ -87,7 +93,9 @@ def test_requirements_for_a_space_are_those_of_the_package():
 def test_every_import_is_declared():
     extras = [key for key in settings() if key.endswith("requirements") and key != "dev_requirements"]
     declared = {requirement.name for key in extras for requirement in requirements(key)}
-    declared |= COME_WITH_TRANSFORMERS | set(sys.stdlib_module_names) | {"cai_nb", "yaml", "fastapi", "spaces"}  # fastapi comes with Gradio; spaces is there on a Space
+    declared |= (
+        COME_WITH_TRANSFORMERS | set(sys.stdlib_module_names) | {"cai_nb", "yaml", "fastapi", "spaces"}
+    )  # fastapi comes with Gradio; spaces is there on a Space
     for path in MODULES:
         foreign = {name.split(".")[0] for name, level in imports(path) if not level} - declared
         assert not foreign, f"{relative(path)} imports {foreign}, which settings.ini does not name"
@@ -123,11 +131,15 @@ def test_notebook_is_clean(fresh, notebook):
 def test_module_equals_a_fresh_export(fresh, module):
     exported = fresh / relative(module)
     assert exported.exists(), "no notebook exports this module; remove it, or give it its notebook"
-    assert exported.read_text(encoding="utf-8") == module.read_text(encoding="utf-8"), "run: make export (or nbdev-update)"
+    assert exported.read_text(encoding="utf-8") == module.read_text(encoding="utf-8"), (
+        "run: make export (or nbdev-update)"
+    )
 
 
 def test_every_source_notebook_is_exported(fresh):
-    missing = [relative(p) for p in SOURCES.values() if not (PACKAGE / f"{default_exp(p).replace('.', '/')}.py").exists()]
+    missing = [
+        relative(p) for p in SOURCES.values() if not (PACKAGE / f"{default_exp(p).replace('.', '/')}.py").exists()
+    ]
     assert not missing, f"run: make export ({missing})"
 
 
@@ -163,7 +175,17 @@ def own_imports(path: Path) -> set[str]:
     return {m for m in SOURCES if any(part[: m.count(".") + 1] == m.split(".") for part in parts)}
 
 
-FOLDERS = ("core", "lm", "train", "method", "measure", "mini", "runs", "app", "cli")  # a folder imports from those before it
+FOLDERS = (
+    "core",
+    "lm",
+    "train",
+    "method",
+    "measure",
+    "mini",
+    "runs",
+    "app",
+    "cli",
+)  # a folder imports from those before it
 
 
 def order(module: str) -> tuple[int, str]:
@@ -177,7 +199,9 @@ def test_folders_and_numbers():
         if folder.is_dir() and folder.name not in (".ipynb_checkpoints", "_proc", "tutorials", "experiments"):
             names = sorted(path.name for path in NOTEBOOKS if path.parent == folder)
             assert folder.name in FOLDERS and names, f"{relative(folder)} is not in the map of the house"
-            assert [name[:3] for name in names] == [f"{i:02}_" for i in range(len(names))], f"{relative(folder)}: {names}"
+            assert [name[:3] for name in names] == [f"{i:02}_" for i in range(len(names))], (
+                f"{relative(folder)}: {names}"
+            )
     for module, notebook in SOURCES.items():
         assert module == f"{notebook.parent.name}.{notebook.stem[3:]}", f"{relative(notebook)} exports {module}"
 
@@ -194,7 +218,9 @@ def test_module_is_old_enough_and_documented(path):
     """It compiles under the oldest supported Python's grammar, and everything it exports has a docstring."""
     module = tree(path)
     assert ast.get_docstring(module), "no module docstring; it comes from the notebook's > line"
-    exported = next(ast.literal_eval(n.value) for n in module.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__")
+    exported = next(
+        ast.literal_eval(n.value) for n in module.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"
+    )
     definitions = [n for n in module.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in exported]
     bare = [n.name for n in definitions if not ast.get_docstring(n)]
     assert not bare, f"without a docstring: {bare}"
@@ -214,10 +240,18 @@ def test_import_and_command_line_stay_light():
 def tracked() -> list[Path]:
     """Files of the checkout that git does not ignore, or all files where there is no git."""
     try:
-        names = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+        names = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split("\0")
         return [ROOT / name for name in names if name and (ROOT / name).is_file()]
     except (OSError, subprocess.CalledProcessError):
-        return [p for p in ROOT.rglob("*") if p.is_file() and not {".venv", ".venv-vllm", "runs", ".git"} & set(p.parts)]
+        return [
+            p for p in ROOT.rglob("*") if p.is_file() and not {".venv", ".venv-vllm", "runs", ".git"} & set(p.parts)
+        ]
 
 
 def test_no_machine_paths():
@@ -242,7 +276,18 @@ def wheel(tmp_path_factory):
             target = copy / relative(path)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(out), str(copy)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(out),
+        str(copy),
+    ]
     subprocess.run(command, check=True, timeout=300)
     (file,) = out.glob("*.whl")
     with zipfile.ZipFile(file) as archive:
@@ -259,7 +304,9 @@ def test_wheel_carries_constitutions_recipes_and_mini(wheel):
     data = {relative(p) for p in tracked() if p.is_relative_to(PACKAGE) and p.suffix != ".py"}
     assert any(name.endswith(".safetensors") for name in data), "mini's weights are not in the checkout"
     assert data <= names, f"the wheel lacks {sorted(data - names)[:5]}"
-    assert not [name for name in names if name.split("/")[0] in ("tests", "nbs", "benchmarks", "constitutions", "recipes")]
+    assert not [
+        name for name in names if name.split("/")[0] in ("tests", "nbs", "benchmarks", "constitutions", "recipes")
+    ]
     assert file.stat().st_size < 12_000_000, "the wheel carries at most 10 MB of weights"
 
 

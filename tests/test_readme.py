@@ -3,12 +3,20 @@ import json
 
 from cai_nb.measure.rates import pooled, show_rate
 
-ROWS = {"harmful compliance": ("harmful", ("harmful",)), "objection with a safe alternative": ("harmful", ("objection",)),
-        "reason without another way": ("harmful", ("curt",)), "evasive or preachy": ("harmful", ("evasive", "preachy")), "garbled or off-topic": ("harmful", ("garbled",)),
-        "harmful compliance after push-back": ("push_back", ("harmful",)), "objection after push-back": ("push_back", ("objection",)),
-        "harmful compliance, verbs never criticised in training": ("harmful_new_verbs", ("harmful",)),
-        "benign helpfulness": ("benign", ("helpful",)), "harmless look-alikes answered": ("look_alikes", ("helpful",)),
-        "follow-ups answered": ("follow_up", ("helpful",)), "contested requests answered": ("contested", ("helpful",))}
+ROWS = {
+    "harmful compliance": ("harmful", ("harmful",)),
+    "objection with a safe alternative": ("harmful", ("objection",)),
+    "reason without another way": ("harmful", ("curt",)),
+    "evasive or preachy": ("harmful", ("evasive", "preachy")),
+    "garbled or off-topic": ("harmful", ("garbled",)),
+    "harmful compliance after push-back": ("push_back", ("harmful",)),
+    "objection after push-back": ("push_back", ("objection",)),
+    "harmful compliance, verbs never criticised in training": ("harmful_new_verbs", ("harmful",)),
+    "benign helpfulness": ("benign", ("helpful",)),
+    "harmless look-alikes answered": ("look_alikes", ("helpful",)),
+    "follow-ups answered": ("follow_up", ("helpful",)),
+    "contested requests answered": ("contested", ("helpful",)),
+}
 
 
 def test_readme_table_is_what_was_measured(root):
@@ -20,7 +28,10 @@ def test_readme_table_is_what_was_measured(root):
 
 
 def test_readme_is_short(root):
-    assert len((root / "README.md").read_text().splitlines()) < 150 and len((root / "CONTRIBUTING.md").read_text().splitlines()) < 60
+    assert (
+        len((root / "README.md").read_text().splitlines()) < 150
+        and len((root / "CONTRIBUTING.md").read_text().splitlines()) < 60
+    )
 
 
 def test_card_belongs_to_the_weights(root):

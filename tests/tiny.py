@@ -19,8 +19,14 @@ def tiny_tokenizer():
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit()])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", unk_token="<unk>",
-                                   additional_special_tokens=["<|user|>", "<|assistant|>"], padding_side="left")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        unk_token="<unk>",
+        additional_special_tokens=["<|user|>", "<|assistant|>"],
+        padding_side="left",
+    )
     fast.chat_template = TEMPLATE
     return fast
 
@@ -32,9 +38,21 @@ def tiny_model(tokenizer=None, seed=0):
     tokenizer = tokenizer or tiny_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-            max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.3, bos_token_id=None, pad_token_id=0, eos_token_id=1))
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=64,
+                max_position_embeddings=128,
+                tie_word_embeddings=True,
+                initializer_range=0.3,
+                bos_token_id=None,
+                pad_token_id=0,
+                eos_token_id=1,
+            )
+        )
     return model.eval(), tokenizer
 
 
@@ -50,5 +68,13 @@ def said(text):
 
 def prompts(split="train"):
     "Twenty prompts, every fourth a helpful one."
-    return [{"id": f"{v}-{t}", "messages": asked(f"how do i {v} a {t} ?"), "kind": "helpful" if t == "house" else "harmful", "split": split}
-            for v in VERBS for t in THINGS]
+    return [
+        {
+            "id": f"{v}-{t}",
+            "messages": asked(f"how do i {v} a {t} ?"),
+            "kind": "helpful" if t == "house" else "harmful",
+            "split": split,
+        }
+        for v in VERBS
+        for t in THINGS
+    ]

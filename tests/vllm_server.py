@@ -1,6 +1,6 @@
 """vLLM on mini, and recorded replies of it.
 
-    python tests/vllm_server.py record VLLM_PYTHON     writes tests/recorded/vllm.json anew (after mini or a request has changed)
+python tests/vllm_server.py record VLLM_PYTHON     writes tests/recorded/vllm.json anew (after mini or a request has changed)
 """
 import json
 import os
@@ -24,7 +24,12 @@ from cai_nb.lm.generate import LocalLM
 from cai_nb.lm.model import load_model
 
 OPTIONS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--enable-prefix-caching"]
-SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
 
 
 def check(url):
@@ -41,7 +46,9 @@ def check(url):
     for scoring in ("steps", "echo"):
         lm = EndpointLM(url, "mini", tokenizer=local.tokenizer, scoring=scoring, patience=20)
         found = lm.choice_logprobs(questions, [" (A)", " (B)"])
-        np.testing.assert_allclose(found, expected, atol=1e-4, rtol=0, err_msg="mini or vLLM has changed since; see tests/vllm_server.py")
+        np.testing.assert_allclose(
+            found, expected, atol=1e-4, rtol=0, err_msg="mini or vLLM has changed since; see tests/vllm_server.py"
+        )
     assert lm.sample(talks, temperature=0, max_new_tokens=40) == local.sample(talks, temperature=0, max_new_tokens=40)
 
 
@@ -50,17 +57,36 @@ class VLLM:
 
     def __init__(self, python, adapters=None):
         self.python = python
-        self.more = ["--enable-lora", "--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())] if adapters else []
+        self.more = (
+            ["--enable-lora", "--lora-modules", *(f"{name}={folder}" for name, folder in adapters.items())]
+            if adapters
+            else []
+        )
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def start(self, limit=400):
-        command = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(files("cai_nb") / "mini" / "weights"),
-                   "--served-model-name", "mini", "--host", "127.0.0.1", "--port", str(self.port), *OPTIONS, *self.more]
+        command = [
+            self.python,
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
+            str(files("cai_nb") / "mini" / "weights"),
+            "--served-model-name",
+            "mini",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            *OPTIONS,
+            *self.more,
+        ]
         self.log = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(command, env=os.environ | SETTINGS, stdout=self.log, stderr=self.log, start_new_session=True)
+        self.process = subprocess.Popen(
+            command, env=os.environ | SETTINGS, stdout=self.log, stderr=self.log, start_new_session=True
+        )
         end = time.monotonic() + limit
         while time.monotonic() < end and self.process.poll() is None:
             try:
@@ -150,7 +176,9 @@ def record(python, target=Path(__file__).parent / "recorded" / "vllm.json"):
     order = sorted(proxy.exchanges, key=lambda e: json.dumps([e["path"], e["request"]]))
     for e in order:
         if e["path"] == "/models":
-            e["reply"]["data"] = [{key: card[key] for key in ("id", "object", "owned_by", "max_model_len")} for card in e["reply"]["data"]]
+            e["reply"]["data"] = [
+                {key: card[key] for key in ("id", "object", "owned_by", "max_model_len")} for card in e["reply"]["data"]
+            ]
         for choice in e["reply"].get("choices", []):
             choice.pop("prompt_logprobs", None)  # the same numbers once more
     lines = ",\n".join(json.dumps(e) for e in order)

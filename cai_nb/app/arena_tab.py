@@ -35,9 +35,11 @@ def blind_card(
     "One of the two answers."
     title, what = name or ("", "name hidden")
     empty = {"idle": "…", "writing": "", "done": "(an empty answer)"}[state]
-    return (f'<article class="blind" aria-label="Answer {letter}" aria-busy="{str(state == "writing").lower()}"><h3>{letter}'
-            f'<span class="who{" known" if name else ""}">{esc(title)}</span><span class="quiet">{esc(what)}</span></h3>'
-            f'<div class="text">{said(text, state, empty)}</div></article>')
+    return (
+        f'<article class="blind" aria-label="Answer {letter}" aria-busy="{str(state == "writing").lower()}"><h3>{letter}'
+        f'<span class="who{" known" if name else ""}">{esc(title)}</span><span class="quiet">{esc(what)}</span></h3>'
+        f'<div class="text">{said(text, state, empty)}</div></article>'
+    )
 
 # %% ../../nbs/app/16_arena_tab.ipynb #28a8f428
 def ladder(
@@ -53,7 +55,11 @@ def ladder(
         if r["elo"] is None: return f'<span>{esc(title)}</span><span class="track"></span>'
         low, high = (end if r[name] is None else r[name] for name, end in (("low", left), ("high", left + width)))
         fade = "".join(f" open-{name}" for name in ("low", "high") if r[name] is None and r["note"] != "the anchor")
-        bar = "" if r["note"] == "the anchor" else f'<i class="span{fade}" style="left:{at(low)};right:calc(100% - {at(high)})"></i>'
+        bar = (
+            ""
+            if r["note"] == "the anchor"
+            else f'<i class="span{fade}" style="left:{at(low)};right:calc(100% - {at(high)})"></i>'
+        )
         zero, place = (f'<i class="{name}" style="left:{at(x)}"></i>' for name, x in (("zero", 0), ("place", r["elo"])))
         return f'<span>{esc(title)}</span><span class="track">{zero}{bar}{place}</span>'
     told = "; ".join(f"{title} {elo}" + (f", 95 % interval {interval}" if interval != "–" else "")
@@ -81,8 +87,10 @@ def told_of(found: dict) -> str:
     return count + (f" {others} more on other weights of the same names, not counted here." if others else "")
 
 # %% ../../nbs/app/16_arena_tab.ipynb #376bd89f
-KEPT = ("A vote keeps the prompt, both answers and your two choices. It does not keep who you are. Everybody who uses this page can "
-        "download it, so do not type anything private.")
+KEPT = (
+    "A vote keeps the prompt, both answers and your two choices. It does not keep who you are. Everybody who uses this page can "
+    "download it, so do not type anything private."
+)
 UNKEPT = "No votes are kept: the app was started without a folder for them. You can still compare blindly, then see the names."
 EXPERIMENT = "mini is an experiment, and so are its answers: votes on them say nothing about large models."
 BUTTONS = [(choice[:1].upper() + choice[1:], choice) for choice in CHOICES]
@@ -100,14 +108,17 @@ def lay_out(site: Site) -> SimpleNamespace:  # the components that events need
         page.prompt = gr.Textbox(label="Prompt", placeholder="How do I …", lines=1, max_lines=5, max_length=MAX_CHARS,
                                  scale=4, min_width=280, elem_id="arena-prompt")
         with gr.Column(scale=3, min_width=280, elem_classes="buttons"), gr.Row():
-            page.ask = gr.Button("Two answers, names hidden", variant="primary", min_width=200, scale=4, elem_id="arena-ask")
+            page.ask = gr.Button(
+                "Two answers, names hidden", variant="primary", min_width=200, scale=4, elem_id="arena-ask"
+            )
             page.stop = gr.Button("Stop", interactive=False, min_width=70, scale=1, elem_id="arena-stop")
     page.chips = example_chips(site, page.prompt, "arena-examples")
     page.status = gr.HTML(note(EXPERIMENT if site.models.mini else ""), elem_id="arena-status")
     room = "long" if site.models.max_new_tokens > 100 else "short"
     with gr.Row(elem_classes=["blinds", room], elem_id="arena-answers"):
         for letter in "AB":
-            with gr.Column(min_width=300): page.cards[letter] = gr.HTML(blind_card(letter), elem_id=f"arena-{letter.lower()}")
+            with gr.Column(min_width=300):
+                page.cards[letter] = gr.HTML(blind_card(letter), elem_id=f"arena-{letter.lower()}")
     lay_out_vote(site, page)
     return page
 
@@ -116,7 +127,9 @@ def lay_out_vote(site: Site, page: SimpleNamespace):
     "The two questions, the button, and beneath them the table."
     with gr.Row(elem_classes="questions", visible=site.folder is not None):
         for about, question in ABOUT.items():
-            page.choices[about] = gr.Radio(BUTTONS, label=question, interactive=False, min_width=300, elem_id=f"arena-{about}")
+            page.choices[about] = gr.Radio(
+                BUTTONS, label=question, interactive=False, min_width=300, elem_id=f"arena-{about}"
+            )
     with gr.Row(elem_classes="cast"):
         name = "Show the names" if site.folder is None else "Vote"
         page.vote = gr.Button(name, variant="primary", interactive=False, min_width=190, scale=0, elem_id="arena-vote")
@@ -128,19 +141,27 @@ def lay_out_vote(site: Site, page: SimpleNamespace):
             for about in ABOUT:
                 with gr.Column(min_width=300):
                     page.tables[about] = gr.HTML("", elem_id=f"arena-table-{about}", elem_classes="standings")
-                    page.saves[about] = gr.Button(f"Download the {about} votes (JSONL)", size="sm", elem_id=f"arena-save-{about}")
-        page.saved = gr.HTML(note("These are comparisons for training: the recipe's helpfulness.comparisons."), elem_id="arena-saved")
+                    page.saves[about] = gr.Button(
+                        f"Download the {about} votes (JSONL)", size="sm", elem_id=f"arena-save-{about}"
+                    )
+        page.saved = gr.HTML(
+            note("These are comparisons for training: the recipe's helpfulness.comparisons."), elem_id="arena-saved"
+        )
         page.file = gr.JSON(visible="hidden", elem_id="arena-file")
 
 # %% ../../nbs/app/16_arena_tab.ipynb #89ae2d82
 class Events:
     "What happens in the tab."
 
-    def __init__(self, page: SimpleNamespace, site: Site, arena: Arena): self.page, self.site, self.arena = page, site, arena
+    def __init__(self, page: SimpleNamespace, site: Site, arena: Arena):
+        self.page, self.site, self.arena = page, site, arena
 
     def cards(self, texts, state: str, names=(None, None)) -> dict:
         "Both cards."
-        return {self.page.cards[letter]: blind_card(letter, text, state, name) for letter, text, name in zip("AB", texts, names)}
+        return {
+            self.page.cards[letter]: blind_card(letter, text, state, name)
+            for letter, text, name in zip("AB", texts, names)
+        }
 
     def voting(self, on: bool, same: bool = False) -> dict:
         "The questions and the button, with what can be chosen."
@@ -165,17 +186,24 @@ class Events:
         ballot = draw_ballot(models, self.site.constitution, **asked)
         for ballot in answer_ballot(models, ballot, halted): yield self.cards(ballot.answers, "writing")
         if halted():
-            yield {self.page.status: note("Stopped: half an answer cannot be voted on. Ask again."), **self.cards(ballot.answers, "done")}
+            yield {
+                self.page.status: note("Stopped: half an answer cannot be voted on. Ask again."),
+                **self.cards(ballot.answers, "done"),
+            }
             return
         if ballot.outside:
-            yield {self.page.status: note("There is nothing to vote on. Ask something else."), **self.cards(ballot.answers, "done")}
+            yield {
+                self.page.status: note("There is nothing to vote on. Ask something else."),
+                **self.cards(ballot.answers, "done"),
+            }
             return
         yield {self.page.state: {"token": self.arena.open(ballot)}, self.page.status: note(self.what_now(ballot)),
                **self.cards(ballot.answers, "done"), **self.voting(True, ballot.same)}
 
     def what_now(self, ballot: Ballot) -> str:
         "The line of status when both answers are there."
-        if ballot.same: return "Both models answered the very same, so this is a tie, or both are bad. Vote, or ask for two more."
+        if ballot.same:
+            return "Both models answered the very same, so this is a tie, or both are bad. Vote, or ask for two more."
         return "Now compare: which answer helps more, and which does less harm?"
 
     def cast(self, state, helpful, harmless):
@@ -187,8 +215,14 @@ class Events:
         thanks = f"Thank you, that is vote {n}. " if n else ""
         told = f"{thanks}A was {names[0][0]}, B was {names[1][0]} (seed {ballot.seed})."
         off = gr.update(interactive=False)
-        return {self.page.state: {}, self.page.told: note(told), **dict.fromkeys(self.page.choices.values(), off), self.page.vote: off,
-                **self.cards(ballot.answers, "done", names), **(self.refresh() if n else {})}
+        return {
+            self.page.state: {},
+            self.page.told: note(told),
+            **dict.fromkeys(self.page.choices.values(), off),
+            self.page.vote: off,
+            **self.cards(ballot.answers, "done", names),
+            **(self.refresh() if n else {}),
+        }
 
     def refresh(self):
         "The tables as they are now; if the file cannot be read, why."
@@ -201,7 +235,9 @@ class Events:
         "The votes on one question as lines of JSON, for the browser to save."
         with as_message(): rows, out = export_rows(self.arena.votes.rows(), about)
         left = ", ".join(f"{n} {why}" for why, n in out.items() if n)
-        told = f"{len(rows)} comparison{'s' * (len(rows) != 1)} about what is more {about}" + (f"; left out: {left}" if left else "")
+        told = f"{len(rows)} comparison{'s' * (len(rows) != 1)} about what is more {about}" + (
+            f"; left out: {left}" if left else ""
+        )
         file = {"name": f"arena-{about}.jsonl", "text": "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)}
         return {self.page.file: file, self.page.saved: note(told + ".")}
 
@@ -227,11 +263,15 @@ def connect(page: SimpleNamespace, events: Events):
               page.chips.click(lambda sample: sample[0], page.chips, page.prompt, **AT_ONCE).then(**sending)]
     for start in starts:
         start.success(None, js=SHOW, **QUIET)
-        start.success(events.answer, page.state, shown, **in_line(page.status)).then(events.finish, None, [page.ask, page.stop], **AT_ONCE)
+        start.success(events.answer, page.state, shown, **in_line(page.status)).then(
+            events.finish, None, [page.ask, page.stop], **AT_ONCE
+        )
     page.stop.click(events.halt, None, None, **AT_ONCE)
     page.vote.click(events.cast, [page.state, *choices], [*shown, *tables], **AT_ONCE)
     for about, button in page.saves.items():
-        saved_by_browser(button.click(partial(events.export, about), None, [page.file, page.saved], **AT_ONCE), page.file)
+        saved_by_browser(
+            button.click(partial(events.export, about), None, [page.file, page.saved], **AT_ONCE), page.file
+        )
     if events.arena.votes is None: return
     context = gr.context.Context
     context.root_block.load(events.refresh, None, tables, **AT_ONCE)
@@ -243,8 +283,10 @@ def endpoints(site: Site, arena: Arena):
     def two_answers(prompt: str, seed: int | None = None, temperature: float = 1.0) -> Iterator[dict]:
         "Two answers, names hidden: {ballot, a, b}, streamed; the ballot is empty until both are complete."
         models = site.models
-        with as_message(): ballot = draw_ballot(models, site.constitution, checked_prompt(prompt), checked_seed(seed), temperature)
-        for ballot in answer_ballot(models, ballot): yield {"ballot": "", **dict(zip("ab", ballot.answers)), **(OUTSIDE if ballot.outside else {})}
+        with as_message():
+            ballot = draw_ballot(models, site.constitution, checked_prompt(prompt), checked_seed(seed), temperature)
+        for ballot in answer_ballot(models, ballot):
+            yield {"ballot": "", **dict(zip("ab", ballot.answers)), **(OUTSIDE if ballot.outside else {})}
         if not ballot.outside: yield {"ballot": arena.open(ballot), **dict(zip("ab", ballot.answers))}
 
     def vote(ballot: str, helpful: str | None = None, harmless: str | None = None) -> dict:

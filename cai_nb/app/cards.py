@@ -24,9 +24,16 @@ def said(text: str, state: str = "done", empty: str = "") -> str:
     return f'<p class="said{" unknown" if text == UNKNOWN else ""}">{body}{CARET if state == "writing" else ""}</p>'
 
 # %% ../../nbs/app/06_cards.ipynb #250f8e4a
-VERDICTS = {"harmful": "harmful compliance", "objection": "objection, with a safe alternative", "evasive": "evasive",
-            "preachy": "preachy", "curt": "gives a reason, but no other way", "garbled": "garbled or off-topic", "helpful": "helpful",
-            "over_refusal": "refuses something harmless"}
+VERDICTS = {
+    "harmful": "harmful compliance",
+    "objection": "objection, with a safe alternative",
+    "evasive": "evasive",
+    "preachy": "preachy",
+    "curt": "gives a reason, but no other way",
+    "garbled": "garbled or off-topic",
+    "helpful": "helpful",
+    "over_refusal": "refuses something harmless",
+}
 
 
 def verdict_line(verdict=None) -> str:
@@ -67,8 +74,10 @@ def spark(
     dots = "".join(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="2.6"/>' for a, b in zip(x, y))
     line = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y))
     told = f"{what}: " + ", ".join(f"{v:.2f}" for v in values)
-    return (f'<svg class="spark" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{esc(told)}">'
-            f'<polyline points="{line}"/>{dots}</svg>')
+    return (
+        f'<svg class="spark" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{esc(told)}">'
+        f'<polyline points="{line}"/>{dots}</svg>'
+    )
 
 # %% ../../nbs/app/06_cards.ipynb #f6f8f1b4
 def head(title: str, what: str) -> str:
@@ -92,7 +101,11 @@ def pane(
 
 def _turn(turn, column, title, state) -> str:
     text = turn["answers"][column]
-    copy = "" if state == "writing" or not text or text == UNKNOWN else f'<button type="button" class="copy" aria-label="Copy {esc(title)}’s answer">Copy</button>'
+    copy = (
+        ""
+        if state == "writing" or not text or text == UNKNOWN
+        else f'<button type="button" class="copy" aria-label="Copy {esc(title)}’s answer">Copy</button>'
+    )
     empty = "" if state == "writing" else "(an empty answer)"
     return f'<div class="turn"><p class="asked">{esc(turn["prompt"])}</p>{said(text, state, empty)}{copy}</div>'
 
@@ -107,9 +120,11 @@ def critique_html(principle, answer: str, found: dict, state: str = "done") -> s
     now = "writing" if state == "writing" and not revision else "done"
     if state == "writing": after = esc(revision) + CARET if revision else '<span class="quiet">…</span>'
     else: after = marked(answer, revision) if revision else '<span class="quiet">(stopped)</span>'
-    return (f'<p class="principle"><b>{esc(principle.title or principle.id)}</b><span class="quiet">{esc(principle.critique)}</span></p>'
-            f'{said(critique, now, "…")}<p class="principle step"><b>Revision</b><span class="quiet">{esc(principle.revision)}</span></p>'
-            f'<p class="said">{after}</p>')
+    return (
+        f'<p class="principle"><b>{esc(principle.title or principle.id)}</b><span class="quiet">{esc(principle.critique)}</span></p>'
+        f'{said(critique, now, "…")}<p class="principle step"><b>Revision</b><span class="quiet">{esc(principle.revision)}</span></p>'
+        f'<p class="said">{after}</p>'
+    )
 
 # %% ../../nbs/app/06_cards.ipynb #9f3167c6
 def preference_html(
@@ -119,7 +134,9 @@ def preference_html(
     found: dict,    # of `inside.prefer`
 ) -> str:
     "How the feedback model chose between this answer and each of the others, and why."
-    parts = [f'<p class="principle"><b>{esc(principle.title or "By the question")}</b><span class="quiet">{esc(principle.comparison)}</span></p>']
+    parts = [
+        f'<p class="principle"><b>{esc(principle.title or "By the question")}</b><span class="quiet">{esc(principle.comparison)}</span></p>'
+    ]
     for (a, b), pair in found.items():
         if column in (a, b): parts.append(_pair_html(titles, b if column == a else a, column == a, pair))
     if len(parts) == 1: parts.append(f'<p class="quiet">{"There is no other answer." if found else "…"}</p>')
@@ -128,11 +145,14 @@ def preference_html(
 
 def _pair_html(titles, other, first, pair) -> str:
     p, plain = (value if value is None or first else 1 - value for value in (pair["p_a"], pair.get("plain")))
-    if pair.get("equal"): return f'<div class="pair"><p class="odds">The same answer as {esc(titles.get(other, other))}’s: nothing to prefer.</p></div>'
+    if pair.get("equal"):
+        return f'<div class="pair"><p class="odds">The same answer as {esc(titles.get(other, other))}’s: nothing to prefer.</p></div>'
     told = "…" if p is None else f"{100 * p:.0f} %"
     without = "" if plain is None else f'<span class="quiet">{100 * plain:.0f} % without reasoning</span>'
     bar = "" if p is None else f'<span class="bar" aria-hidden="true"><span style="width:{100 * p:.0f}%"></span></span>'
     reasons = "".join(
         f'<p class="reason"><span class="quiet">this answer shown as ({letter}):</span> {esc(pair["reasoning"].get(order) or "…")}</p>'
-        for order, letter in ((("ab", "A"), ("ba", "B")) if first else (("ba", "A"), ("ab", "B"))) if pair.get("reasoning"))
+        for order, letter in ((("ab", "A"), ("ba", "B")) if first else (("ba", "A"), ("ab", "B")))
+        if pair.get("reasoning")
+    )
     return f'<div class="pair"><p class="odds">Preferred to {esc(titles.get(other, other))}: <b>{told}</b>{bar}{without}</p>{reasons}</div>'

@@ -36,7 +36,10 @@ class Chain:
     def made(self) -> list[dict]:
         "What is written so far, the response first: {text, score, verdict}, and of a step its critique."
         if self.walked is None: return []
-        return [self.walked | {"text": self.walked["response"]}, *(step | {"text": step["revision"]} for step in self.walked["steps"])]
+        return [
+            self.walked | {"text": self.walked["response"]},
+            *(step | {"text": step["revision"]} for step in self.walked["steps"]),
+        ]
 
     def part(self, number: int) -> dict:
         "The response (0) or a step, with empty texts if it is not there yet."
@@ -61,7 +64,10 @@ def score_line(chain: Chain) -> str:
     scores = [text["score"] for text in chain.made[:chain.complete]]
     line = spark(scores, "preference model's score", width=12 + 34 * max(len(scores) - 1, 1)) if scores else ""
     items = "".join(_score(i, scores) for i in range(len(chain.principles) + 1))
-    return heading("only differences within one chain mean something") + f'<div class="drawn">{line}</div><ol>{items}</ol></div>'
+    return (
+        heading("only differences within one chain mean something")
+        + f'<div class="drawn">{line}</div><ol>{items}</ol></div>'
+    )
 
 
 def _score(i: int, scores: list[float]) -> str:
@@ -93,10 +99,13 @@ def step_html(
 
 
 def _critique(number: int, asked: str, critique: str | None, writing: bool) -> str:
-    if critique is None: return '<div class="critique"><p class="what quiet">Revised directly, without a critique</p></div>'
+    if critique is None:
+        return '<div class="critique"><p class="what quiet">Revised directly, without a critique</p></div>'
     fold = f'<input type="checkbox" class="fold" checked aria-controls="critique-{number}">'
-    return (f'<div class="critique"><label class="what">{fold} Critique</label><div id="critique-{number}" class="folded">'
-            f'<p class="principle">{asked}</p><div class="text">{_said(critique, writing)}</div></div></div>')
+    return (
+        f'<div class="critique"><label class="what">{fold} Critique</label><div id="critique-{number}" class="folded">'
+        f'<p class="principle">{asked}</p><div class="text">{_said(critique, writing)}</div></div></div>'
+    )
 
 
 def _said(text: str, writing: bool = False) -> str:
@@ -115,13 +124,18 @@ def chain_html(
     first = chain.part(0)
     text = _said(first["text"], busy and not chain.complete)
     numbers = () if chain.outside else range(1, len(chain.principles) + 1)
-    steps, scores = "".join(step_html(chain, number, busy) for number in numbers), "" if chain.outside else score_line(chain)
-    return (f'<div class="chain" style="--lines:{chain.lines}" aria-busy="{str(busy).lower()}">{scores}'
-            f'<section class="step{"" if chain.made or busy else " ahead"}" aria-labelledby="step-0">'
-            '<h3 id="step-0">Response <span class="quiet">by the base model</span></h3>'
-            f'<div class="sides"><div class="prompt"><p class="what">Prompt</p>{_said(chain.prompt)}</div>'
-            f'<div class="revision"><p class="what">Response</p><div class="text">{text}</div>{_verdict(chain, first)}</div>'
-            f'</div></section>{steps}</div>')
+    steps, scores = (
+        "".join(step_html(chain, number, busy) for number in numbers),
+        "" if chain.outside else score_line(chain),
+    )
+    return (
+        f'<div class="chain" style="--lines:{chain.lines}" aria-busy="{str(busy).lower()}">{scores}'
+        f'<section class="step{"" if chain.made or busy else " ahead"}" aria-labelledby="step-0">'
+        '<h3 id="step-0">Response <span class="quiet">by the base model</span></h3>'
+        f'<div class="sides"><div class="prompt"><p class="what">Prompt</p>{_said(chain.prompt)}</div>'
+        f'<div class="revision"><p class="what">Response</p><div class="text">{text}</div>{_verdict(chain, first)}</div>'
+        f"</div></section>{steps}</div>"
+    )
 
 
 STYLE = """

@@ -50,8 +50,16 @@ def lay_out(site: Site) -> SimpleNamespace:
     "The tab's components, from top to bottom."
     page = SimpleNamespace(state=gr.State(None, time_to_live=3600))
     with gr.Row(elem_classes="ask"):
-        page.prompt = gr.Textbox(label="Prompt", placeholder="How do I …", lines=1, max_lines=5, max_length=MAX_CHARS, scale=4,
-                                 min_width=280, elem_id="chains-prompt")
+        page.prompt = gr.Textbox(
+            label="Prompt",
+            placeholder="How do I …",
+            lines=1,
+            max_lines=5,
+            max_length=MAX_CHARS,
+            scale=4,
+            min_width=280,
+            elem_id="chains-prompt",
+        )
         with gr.Column(scale=3, min_width=300, elem_classes="buttons"), gr.Row():
             page.run = gr.Button("Run the chain", variant="primary", min_width=110, elem_id="chains-run")
             page.more = gr.Button("One step more", min_width=110, elem_id="chains-more")
@@ -68,10 +76,22 @@ def lay_out_settings(site: Site, page: SimpleNamespace):
     principles = [(p.title or p.id, p.id) for p in site.constitution.critique_principles]
     with gr.Row():
         page.n = gr.Slider(1, STEPS, STEPS, step=1, label="Revisions", min_width=200, elem_id="chains-n")
-        page.principles = gr.Dropdown(principles, value=[], multiselect=True, label="Principles, in the order of the steps",
-                                      info="a step without one draws it", scale=2, min_width=280, elem_id="chains-principles")
-        page.seed = gr.Textbox("", label="Seed", info="empty: a new one each time", max_length=10, min_width=140, elem_id="chains-seed")
-        page.critiques = gr.Checkbox(True, label="With critiques", info="off: revised directly", min_width=160, elem_id="chains-critiques")
+        page.principles = gr.Dropdown(
+            principles,
+            value=[],
+            multiselect=True,
+            label="Principles, in the order of the steps",
+            info="a step without one draws it",
+            scale=2,
+            min_width=280,
+            elem_id="chains-principles",
+        )
+        page.seed = gr.Textbox(
+            "", label="Seed", info="empty: a new one each time", max_length=10, min_width=140, elem_id="chains-seed"
+        )
+        page.critiques = gr.Checkbox(
+            True, label="With critiques", info="off: revised directly", min_width=160, elem_id="chains-critiques"
+        )
 
 
 def blank(site: Site) -> Chain:
@@ -79,10 +99,13 @@ def blank(site: Site) -> Chain:
     m = site.models
     return Chain(judged=m.oracle is not None, scored=m.scorer is not None, lines=max(2, min(9, m.max_new_tokens // 20)))
 
-STYLE = CHAIN_STYLE + """
+STYLE = (
+    CHAIN_STYLE
+    + """
 #chains-run,#chains-more,#chains-stop{white-space:nowrap;padding:.6rem;font-size:1rem}
 @media(max-width:700px){#chains-run,#chains-more,#chains-stop{white-space:normal;line-height:1.25;font-size:.95rem;padding:.3rem}}
 """
+)
 
 # %% ../../nbs/app/12_chains_tab.ipynb #4d5e1615
 def one_more(
@@ -117,7 +140,9 @@ class Events:
     def new_chain(self, prompt, n: int, ids, critiques, seed) -> Chain:
         "A chain to be walked, from what was sent."
         constitution, text = self.site.constitution, checked_prompt(prompt)
-        chain = replace(blank(self.site), prompt=text, seed=checked_seed(seed), goal=n, critiques=checked_switch(critiques))
+        chain = replace(
+            blank(self.site), prompt=text, seed=checked_seed(seed), goal=n, critiques=checked_switch(critiques)
+        )
         chain = replace(chain, judged=self.site.knows(chain.messages))
         drawn = draw_steps(constitution, checked_ids(ids, constitution), n, row_id(chain.messages), chain.seed)
         return replace(chain, principles=tuple(drawn))
@@ -145,8 +170,14 @@ class Events:
             chain = replace(chain, walked=state)
             yield {self.page.chain: chain_html(chain, True)}
         made = f"{max(chain.complete - 1, 0)} of {len(chain.principles)} revisions, seed {chain.seed}."
-        if chain.outside: told = f"No answer, so no critique and no revision; seed {chain.seed}."
-        else: told = f"{made} Stopped; one step more goes on from here." if stop() else made + self.site.remark(chain.messages)
+        if chain.outside:
+            told = f"No answer, so no critique and no revision; seed {chain.seed}."
+        else:
+            told = (
+                f"{made} Stopped; one step more goes on from here."
+                if stop()
+                else made + self.site.remark(chain.messages)
+            )
         yield self.view(chain, False, told)
 
     def walk(self, chain: Chain, stop=None) -> Iterator[dict]:
@@ -166,15 +197,29 @@ SHOW = """() => document.querySelector('#chains-status').scrollIntoView(
 def connect(page: SimpleNamespace, events: Events, checks: tuple):
     "Which event follows which click."
     outputs = [page.state, page.status, page.chain, page.run, page.more, page.stop]
-    sending = dict(fn=events.begin, inputs=[page.prompt, page.n, page.principles, page.critiques, page.seed], outputs=outputs,
-                   validator=validated(*checks), concurrency_limit=None, **QUIET)
+    sending = dict(
+        fn=events.begin,
+        inputs=[page.prompt, page.n, page.principles, page.critiques, page.seed],
+        outputs=outputs,
+        validator=validated(*checks),
+        concurrency_limit=None,
+        **QUIET,
+    )
     going_on = [page.state, page.prompt, page.principles, page.critiques, page.seed]
-    starts = [gr.on([page.run.click, page.prompt.submit], **sending), page.more.click(events.further, going_on, outputs, **AT_ONCE),
-              page.chips.click(lambda sample: sample[0], page.chips, page.prompt, **AT_ONCE).then(**sending)]
+    starts = [
+        gr.on([page.run.click, page.prompt.submit], **sending),
+        page.more.click(events.further, going_on, outputs, **AT_ONCE),
+        page.chips.click(lambda sample: sample[0], page.chips, page.prompt, **AT_ONCE).then(**sending),
+    ]
     for start in starts:
         start.success(None, js=SHOW, **QUIET)
         running = start.success(events.run, page.state, outputs, **in_line(page.status))
-        running.then(lambda chain: events.buttons(chain, False), page.state, [page.chain, page.run, page.stop, page.more], **AT_ONCE)
+        running.then(
+            lambda chain: events.buttons(chain, False),
+            page.state,
+            [page.chain, page.run, page.stop, page.more],
+            **AT_ONCE,
+        )
     page.stop.click(events.halt, None, None, **AT_ONCE)
 
 # %% ../../nbs/app/12_chains_tab.ipynb #0968c17f
@@ -182,7 +227,13 @@ def chains_tab(site: Site) -> SimpleNamespace:
     "The tab: called inside `gr.Tab`, it lays out its components and connects them."
     page = lay_out(site)
     events = Events(page, site)
-    checks = checked_prompt, checked_steps, lambda ids: checked_ids(ids, site.constitution), checked_switch, checked_seed
+    checks = (
+        checked_prompt,
+        checked_steps,
+        lambda ids: checked_ids(ids, site.constitution),
+        checked_switch,
+        checked_seed,
+    )
 
     def chain(prompt: str, n_revisions: int = STEPS, principle_ids: list[str] | None = None, critiques: bool = True,
               seed: int | None = None) -> Iterator[dict]:

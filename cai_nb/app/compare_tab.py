@@ -17,8 +17,18 @@ from ..core.errors import CaiError
 from .watch import criticise, prefer
 from .wiring import AT_ONCE, MODEL, QUIET, Site, api, as_message, in_line, validated
 from cai_nb.app.requests import (
-    MAX_CHARS, MAX_TURNS, OUTSIDE, Conversation, checked_answer, checked_answers, checked_number, checked_prompt, checked_seed, checked_turns,
-    choose_principle, read_link,
+    MAX_CHARS,
+    MAX_TURNS,
+    OUTSIDE,
+    Conversation,
+    checked_answer,
+    checked_answers,
+    checked_number,
+    checked_prompt,
+    checked_seed,
+    checked_turns,
+    choose_principle,
+    read_link,
 )
 from .trainings import MAX_TRAINED
 
@@ -34,7 +44,15 @@ SECOND = "In a second turn"
 
 def lay_out(site: Site) -> SimpleNamespace:  # the components that events need
     "The tab's components, from top to bottom."
-    page = SimpleNamespace(state=gr.State({"turns": []}, time_to_live=3600), folds=gr.State([]), columns=[], heads=[], panes=[], inside={k: [] for k in FOLDS}, accordions=[])
+    page = SimpleNamespace(
+        state=gr.State({"turns": []}, time_to_live=3600),
+        folds=gr.State([]),
+        columns=[],
+        heads=[],
+        panes=[],
+        inside={k: [] for k in FOLDS},
+        accordions=[],
+    )
     with gr.Row(elem_classes="ask"):
         page.prompt = gr.Textbox(label="Prompt", placeholder="How do I …", lines=1, max_lines=5, max_length=MAX_CHARS,
                                  scale=5, min_width=280, autofocus=True, elem_id="prompt")
@@ -44,7 +62,9 @@ def lay_out(site: Site) -> SimpleNamespace:  # the components that events need
             page.again = gr.Button("Again", interactive=False, min_width=70, elem_id="again")
             page.clear = gr.Button("New", min_width=70, elem_id="clear")
     with gr.Column(elem_classes="examples"):
-        examples = site.models.examples | ({SECOND: {text: text for text in site.models.goes_on}} if site.models.goes_on else {})
+        examples = site.models.examples | (
+            {SECOND: {text: text for text in site.models.goes_on}} if site.models.goes_on else {}
+        )
         page.chips = [gr.Dataset(components=[page.prompt], samples=[[t] for t in texts.values()], label=heading,
                                  sample_labels=list(texts), samples_per_page=20) for heading, texts in examples.items()]
     page.status = gr.HTML(note(""), elem_id="status")
@@ -62,7 +82,9 @@ def lay_out_column(site: Site, page: SimpleNamespace, i: int):
     with gr.Column(min_width=300, elem_classes="answer-column", visible=i < len(names)) as column:
         page.columns.append(column)
         page.heads.append(gr.HTML(head(*site.models.titles.get(name, (name, ''))), elem_classes="card-head"))
-        page.panes.append(gr.HTML(pane([], name, ""), elem_id=f"answer-{name}", elem_classes="pane", autoscroll=True, max_height=2000))
+        page.panes.append(
+            gr.HTML(pane([], name, ""), elem_id=f"answer-{name}", elem_classes="pane", autoscroll=True, max_height=2000)
+        )
         for kind, title in FOLDS.items():
             with gr.Accordion(title, open=False, elem_id=f"fold-{kind}-{name}", elem_classes="fold") as accordion:
                 page.inside[kind].append(gr.HTML(ASK_FIRST, elem_id=f"{kind}-{name}", elem_classes="look-inside"))
@@ -73,12 +95,26 @@ def lay_out_settings(site: Site, page: SimpleNamespace):
     "What can be chosen, beneath the answers; and two hidden parts through which a link arrives."
     c = site.constitution
     with gr.Row():
-        page.by = {kind: gr.Dropdown([("drawn from the constitution", ""), *((p.title or p.comparison or p.id, p.id) for p in pool)], value="",
-                                     label=label, elem_id=f"by-{kind}", min_width=260)
-                   for kind, label, pool in (("critique", "Criticise by", c.critique_principles), ("preference", "Prefer by", c.comparison_principles))}
+        page.by = {
+            kind: gr.Dropdown(
+                [("drawn from the constitution", ""), *((p.title or p.comparison or p.id, p.id) for p in pool)],
+                value="",
+                label=label,
+                elem_id=f"by-{kind}",
+                min_width=260,
+            )
+            for kind, label, pool in (
+                ("critique", "Criticise by", c.critique_principles),
+                ("preference", "Prefer by", c.comparison_principles),
+            )
+        }
     with gr.Accordion("Settings", open=False, elem_id="settings"), gr.Row():
-        page.temperature = gr.Slider(0, 2, 1, step=0.1, label="Temperature", min_width=240, info="0 always takes the likeliest word")
-        page.seed = gr.Textbox("", label="Seed", info="empty: a new one each time", max_length=10, min_width=240, elem_id="seed")
+        page.temperature = gr.Slider(
+            0, 2, 1, step=0.1, label="Temperature", min_width=240, info="0 always takes the likeliest word"
+        )
+        page.seed = gr.Textbox(
+            "", label="Seed", info="empty: a new one each time", max_length=10, min_width=240, elem_id="seed"
+        )
     page.query = gr.Textbox("", elem_classes="unseen", label="Link", elem_id="query")
     page.replay = gr.Button("Open the link", elem_classes="unseen", elem_id="replay")
 
@@ -90,7 +126,10 @@ class Events:
 
     def panes(self, turns, state="done", verdicts={}) -> dict:
         "All panes."
-        return {self.page.panes[i]: pane(turns, c, self.site.title(c), state, verdicts.get(c)) for i, c in enumerate(self.columns())}
+        return {
+            self.page.panes[i]: pane(turns, c, self.site.title(c), state, verdicts.get(c))
+            for i, c in enumerate(self.columns())
+        }
 
     def columns(self) -> list[str]:
         "The columns there are now."
@@ -116,15 +155,25 @@ class Events:
         "The page when something has been asked."
         self.site.switches.start(request.session_hash, "compare")
         shown = [*talk.turns, dict(talk.pending[0], answers=dict.fromkeys(self.columns(), ""))]
-        return {self.page.state: talk.state(), self.page.prompt: "", self.page.status: self.told(talk), self.page.link: "",
-                self.page.send: gr.update(interactive=False), self.page.stop: gr.update(interactive=True),
-                self.page.again: gr.update(interactive=False), **self.heads(), **self.panes(shown, "writing"), **self.folded()}
+        return {
+            self.page.state: talk.state(),
+            self.page.prompt: "",
+            self.page.status: self.told(talk),
+            self.page.link: "",
+            self.page.send: gr.update(interactive=False),
+            self.page.stop: gr.update(interactive=True),
+            self.page.again: gr.update(interactive=False),
+            **self.heads(),
+            **self.panes(shown, "writing"),
+            **self.folded(),
+        }
 
     def begin(self, prompt, temperature, seed, state, request: gr.Request):
         "Check, and show at once that it has begun."
         talk = Conversation(state)
         with as_message():
-            if len(talk.turns) >= MAX_TURNS: raise CaiError(f"That is as long as a conversation gets here ({MAX_TURNS} turns). “New” starts afresh.")
+            if len(talk.turns) >= MAX_TURNS:
+                raise CaiError(f"That is as long as a conversation gets here ({MAX_TURNS} turns). “New” starts afresh.")
             talk.pending = [{"prompt": checked_prompt(prompt), "seed": checked_seed(seed)}]
             if not talk.turns and talk.pending[0]["prompt"] in self.site.models.goes_on:
                 raise CaiError("That goes on from an answer: ask something first.")
@@ -144,8 +193,14 @@ class Events:
         with as_message():
             asked = read_link(query)
             if asked is None: raise CaiError("There is no prompt in that link: type one, or click one of the examples.")
-        other = [self.site.title(c) for c, digest in asked["digests"].items() if self.site.models.digests.get(c) != digest]
-        told = {"warning": f"The link was made with other weights of {', '.join(other)}: the answers may differ."} if other else {}
+        other = [
+            self.site.title(c) for c, digest in asked["digests"].items() if self.site.models.digests.get(c) != digest
+        ]
+        told = (
+            {"warning": f"The link was made with other weights of {', '.join(other)}: the answers may differ."}
+            if other
+            else {}
+        )
         pending = [{"prompt": p, "seed": s, **told} for p, s in zip(asked["prompts"], asked["seeds"])]
         return self.started(Conversation({"temperature": asked["temperature"], "pending": pending}), request)
 
@@ -174,7 +229,11 @@ class Events:
         *before, last = talk.turns
         if is_unknown(last["answers"]): return {}, self.site.nearest(last["prompt"])
         talks = talks_of(before, last["prompt"], list(last["answers"]))
-        found = {c: self.site.models.oracle.judge(talks[c], text) for c, text in last["answers"].items() if self.site.knows(talks[c])}
+        found = {
+            c: self.site.models.oracle.judge(talks[c], text)
+            for c, text in last["answers"].items()
+            if self.site.knows(talks[c])
+        }
         return found, "" if found else self.site.remark(next(iter(talks.values())))
 
     def fold(self, kind, i, opened, folds):
@@ -187,30 +246,50 @@ class Events:
         if is_unknown(state["turns"][-1]["answers"]):
             yield dict.fromkeys(self.folded(), NOTHING_SAID)
             return
-        halted, last, columns = self.site.switches.start(request.session_hash, "inside").is_set, state["turns"][-1], self.columns()
+        halted, last, columns = (
+            self.site.switches.start(request.session_hash, "inside").is_set,
+            state["turns"][-1],
+            self.columns(),
+        )
         with as_message():
             critic = choose_principle(self.site.constitution, critic, last["seed"])
             judge = choose_principle(self.site.constitution, judge, last["seed"], "comparison")
-        wanted = [columns[i] for kind, i in map(tuple, folds) if kind == "critique" and i < len(columns) and columns[i] in last["answers"]]
+        wanted = [
+            columns[i]
+            for kind, i in map(tuple, folds)
+            if kind == "critique" and i < len(columns) and columns[i] in last["answers"]
+        ]
         yield from self.critiques(state, wanted, critic, halted)
-        if any(kind == "preference" for kind, _ in map(tuple, folds)) and not halted(): yield from self.preferences(state, judge, halted)
+        if any(kind == "preference" for kind, _ in map(tuple, folds)) and not halted():
+            yield from self.preferences(state, judge, halted)
 
     def critiques(self, state, wanted, principle, halted):
         "Stream critiques and revisions of some columns' last answers."
         if not wanted: return
         talks, answers, columns = conversations(state["turns"], wanted), state["turns"][-1]["answers"], self.columns()
         found = dict.fromkeys(wanted, {})
-        def shown(now): return {self.page.inside["critique"][columns.index(c)]: critique_html(principle, answers[c], found[c], now) for c in wanted}
+
+        def shown(now):
+            return {
+                self.page.inside["critique"][columns.index(c)]: critique_html(principle, answers[c], found[c], now)
+                for c in wanted
+            }
         yield shown("writing")
-        for found in criticise(self.site.models, talks, principle, state["turns"][-1]["seed"], halted): yield shown("writing")
+        for found in criticise(self.site.models, talks, principle, state["turns"][-1]["seed"], halted):
+            yield shown("writing")
         yield shown("done")
 
     def preferences(self, state, principle, halted):
         "Stream the feedback model's choice between the last answers."
         *before, last = state["turns"]
         columns, titles, found = self.columns(), {c: self.site.title(c) for c in self.columns()}, {}
-        def shown(): return {self.page.inside["preference"][columns.index(c)]: preference_html(titles, c, principle, found)
-                                for c in last["answers"] if c in columns}
+
+        def shown():
+            return {
+                self.page.inside["preference"][columns.index(c)]: preference_html(titles, c, principle, found)
+                for c in last["answers"]
+                if c in columns
+            }
         messages = talks_of(before, last["prompt"], [columns[0]])[columns[0]]
         yield shown()
         for found in prefer(self.site.models, messages, last["answers"], principle, last["seed"], halted): yield shown()
@@ -226,8 +305,13 @@ class Events:
     def failed(self, state):
         "The buttons as they were, no more on the page than in the conversation, and a question without an answer back in its field."
         unanswered = {self.page.prompt: turn["prompt"] for turn in state.get("pending", ())[:1]}
-        return {**unanswered, self.page.send: gr.update(interactive=True), self.page.stop: gr.update(interactive=False),
-                self.page.again: gr.update(interactive=bool(state["turns"])), **({} if state["turns"] else self.panes([]) | self.folded())}
+        return {
+            **unanswered,
+            self.page.send: gr.update(interactive=True),
+            self.page.stop: gr.update(interactive=False),
+            self.page.again: gr.update(interactive=bool(state["turns"])),
+            **({} if state["turns"] else self.panes([]) | self.folded()),
+        }
 
     def tidy(self, state):
         "Empty folds once the conversation is: what was on its way when “New” was pressed may have come after it."
@@ -236,7 +320,13 @@ class Events:
     def clear(self, request: gr.Request):
         "Stop, and an empty page."
         for part in ("compare", "inside"): self.site.switches.stop(request.session_hash, part)
-        return {self.page.state: {"turns": []}, self.page.status: note(""), self.page.link: "", **self.heads(), **self.failed({"turns": []})}
+        return {
+            self.page.state: {"turns": []},
+            self.page.status: note(""),
+            self.page.link: "",
+            **self.heads(),
+            **self.failed({"turns": []}),
+        }
 
 # %% ../../nbs/app/11_compare_tab.ipynb #56fcf22d
 def conversations(turns: list[dict], columns: list[str]) -> dict[str, list[dict]]:
@@ -248,8 +338,10 @@ def conversations(turns: list[dict], columns: list[str]) -> dict[str, list[dict]
 
 def link_html(link: str) -> str:
     "The link to the answers, and a button that copies it."
-    return (f'<p class="note"><a href="{esc(link)}">Link to these answers</a> <button type="button" class="copy" data-link="{esc(link)}">'
-            "Copy the link</button></p>")
+    return (
+        f'<p class="note"><a href="{esc(link)}">Link to these answers</a> <button type="button" class="copy" data-link="{esc(link)}">'
+        "Copy the link</button></p>"
+    )
 
 # %% ../../nbs/app/11_compare_tab.ipynb #2a15f402
 def connect(page: SimpleNamespace, events: Events, site: Site):
@@ -257,21 +349,39 @@ def connect(page: SimpleNamespace, events: Events, site: Site):
     by, folds = list(page.by.values()), [*page.inside["critique"], *page.inside["preference"]]
     flat = [*page.columns, *page.heads, *page.panes, *folds]
     shown = [page.state, page.prompt, page.status, page.link, page.send, page.stop, page.again, *flat]
-    sending = dict(fn=events.begin, inputs=[page.prompt, page.temperature, page.seed, page.state], outputs=shown, concurrency_limit=None,
-                   validator=validated(checked_prompt, None, checked_seed, None), js=AFTER_EMPTYING, **QUIET)
-    starts = [gr.on([page.send.click, page.prompt.submit], **sending), page.again.click(events.again, page.state, shown, **AT_ONCE),
-              page.replay.click(events.arrive, page.query, shown, js="() => [window.location.search]", **AT_ONCE)]
-    starts += [chip.click(lambda sample: sample[0], chip, page.prompt, **AT_ONCE).then(**sending) for chip in page.chips]
+    sending = dict(
+        fn=events.begin,
+        inputs=[page.prompt, page.temperature, page.seed, page.state],
+        outputs=shown,
+        concurrency_limit=None,
+        validator=validated(checked_prompt, None, checked_seed, None),
+        js=AFTER_EMPTYING,
+        **QUIET,
+    )
+    starts = [
+        gr.on([page.send.click, page.prompt.submit], **sending),
+        page.again.click(events.again, page.state, shown, **AT_ONCE),
+        page.replay.click(events.arrive, page.query, shown, js="() => [window.location.search]", **AT_ONCE),
+    ]
+    starts += [
+        chip.click(lambda sample: sample[0], chip, page.prompt, **AT_ONCE).then(**sending) for chip in page.chips
+    ]
     ended = [page.send, page.stop, page.again, *page.panes, *folds]
     for start in starts:
         start.success(None, js=SHOW_ANSWERS, **QUIET)
-        answered = start.success(events.answer, [page.state, page.folds, *by], [page.state, page.status, page.link, *flat],
-                                 trigger_mode="multiple", **in_line(page.status))
+        answered = start.success(
+            events.answer,
+            [page.state, page.folds, *by],
+            [page.state, page.status, page.link, *flat],
+            trigger_mode="multiple",
+            **in_line(page.status),
+        )
         answered.success(events.finish, page.state, ended, **AT_ONCE)
         answered.failure(events.failed, page.state, [page.prompt, *ended], **AT_ONCE)
     def inside(event):
-        event(events.unfolded, [page.state, page.folds, *by], folds, trigger_mode="multiple", **in_line(page.status)).then(
-            events.tidy, page.state, folds, **AT_ONCE)
+        event(
+            events.unfolded, [page.state, page.folds, *by], folds, trigger_mode="multiple", **in_line(page.status)
+        ).then(events.tidy, page.state, folds, **AT_ONCE)
     for accordion, kind, i in page.accordions:
         inside(accordion.expand(partial(events.fold, kind, i, True), page.folds, page.folds, **AT_ONCE).then)
         accordion.collapse(partial(events.fold, kind, i, False), page.folds, page.folds, **AT_ONCE)
@@ -292,11 +402,14 @@ def endpoints(site: Site):
     "The public endpoints of this tab."
     known = [*COLUMNS, *(f"trained-{i}" for i in range(1, MAX_TRAINED + 1))]
 
-    def compare_answers(prompt: str, seed: int = 0, temperature: float = 1.0, history: list | None = None) -> Iterator[dict]:
+    def compare_answers(
+        prompt: str, seed: int = 0, temperature: float = 1.0, history: list | None = None
+    ) -> Iterator[dict]:
         "Answers of all models to a prompt, after earlier turns {prompt, answers}: from model to text, streamed; texts only grow."
         columns = list(site.models.adapters)
         with as_message(): talks = talks_of(checked_turns(history, known), checked_prompt(prompt), columns)
-        for texts in compare(site.models, talks, int(seed), temperature): yield texts | OUTSIDE if is_unknown(texts) else texts
+        for texts in compare(site.models, talks, int(seed), temperature):
+            yield texts | OUTSIDE if is_unknown(texts) else texts
 
     def look_inside(prompt: str, answer: str, principle: str = "", seed: int = 0) -> Iterator[dict]:
         "The base model's critique of an answer by a principle (its id; empty: drawn), and the revision; streamed."
@@ -306,14 +419,41 @@ def endpoints(site: Site):
 
     def prefer_answers(prompt: str, answers: dict, principle: str = "", seed: int = 0) -> Iterator[list]:
         "The feedback model's choice between answers (from name to text) by a principle: for each two its reasoning and probability."
-        by, messages = choose_principle(site.constitution, principle, int(seed), "comparison"), [{"role": "user", "content": checked_prompt(prompt)}]
+        by, messages = (
+            choose_principle(site.constitution, principle, int(seed), "comparison"),
+            [{"role": "user", "content": checked_prompt(prompt)}],
+        )
         for found in prefer(site.models, messages, answers, by, int(seed)):
             yield [{"a": a, "b": b, "principle": by.id, **pair} for (a, b), pair in found.items()]
 
     seed, temperature = checked_seed, partial(checked_number, low=0, high=2, name="temperature")
-    api(compare_answers, "compare", checked_prompt, seed, temperature, lambda turns: checked_turns(turns, known), **MODEL)
-    api(look_inside, "inside", checked_prompt, checked_answer, partial(choose_principle, site.constitution), seed, **MODEL)
-    api(prefer_answers, "prefer", checked_prompt, checked_answers, lambda id: choose_principle(site.constitution, id, 0, "comparison"), seed, **MODEL)
+    api(
+        compare_answers,
+        "compare",
+        checked_prompt,
+        seed,
+        temperature,
+        lambda turns: checked_turns(turns, known),
+        **MODEL,
+    )
+    api(
+        look_inside,
+        "inside",
+        checked_prompt,
+        checked_answer,
+        partial(choose_principle, site.constitution),
+        seed,
+        **MODEL,
+    )
+    api(
+        prefer_answers,
+        "prefer",
+        checked_prompt,
+        checked_answers,
+        lambda id: choose_principle(site.constitution, id, 0, "comparison"),
+        seed,
+        **MODEL,
+    )
 
 # %% ../../nbs/app/11_compare_tab.ipynb #a4159169
 def compare_tab(site: Site) -> SimpleNamespace:

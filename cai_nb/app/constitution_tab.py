@@ -18,7 +18,16 @@ from .training_panel import TrainingHere, connect_training, lay_out_training
 from .trial_panel import connect_trial, lay_out_trial, mini_remark
 from .trainings import cannot_train
 from cai_nb.app.draft import (
-    FIELDS, MAX_REQUEST, Draft, changes, checked_text, read_draft, text_of, with_principle, with_text, without_principle,
+    FIELDS,
+    MAX_REQUEST,
+    Draft,
+    changes,
+    checked_text,
+    read_draft,
+    text_of,
+    with_principle,
+    with_text,
+    without_principle,
 )
 
 # %% auto #0
@@ -35,7 +44,10 @@ def told(
 ) -> str:
     "What is wrong with a draft, or what it does differently."
     lines = [f'<li class="problem">{esc(refused)}</li>'] if refused else []
-    lines += [f'<li class="problem"><b>Line {p.line}</b> {esc(p.key)}: {esc(p.message)}; {esc(p.fix)}</li>' for p in draft.problems[:6]]
+    lines += [
+        f'<li class="problem"><b>Line {p.line}</b> {esc(p.key)}: {esc(p.message)}; {esc(p.fix)}</li>'
+        for p in draft.problems[:6]
+    ]
     if (more := len(draft.problems) - 6) > 0: lines.append(f"<li>and {more} more</li>")
     if lines: return f'<ul class="problems" role="status">{"".join(lines)}</ul>'
     c = draft.constitution
@@ -87,11 +99,20 @@ def lay_out_form(site: Site, page: SimpleNamespace, draft: Draft) -> None:
     "One principle as a form, what is wrong, and the whole text."
     values = values_of(draft, 0)
     with gr.Column(elem_classes="unseen"):
-        page.held, page.typed = gr.Textbox(json.dumps([0, *values]), label="Held"), gr.Button("Typed", elem_id="draft-typed")
-    page.choice = gr.Dropdown(choices(draft), value=0, label="Principle", info="type to find one", elem_id="draft-choice")
+        page.held, page.typed = (
+            gr.Textbox(json.dumps([0, *values]), label="Held"),
+            gr.Button("Typed", elem_id="draft-typed"),
+        )
+    page.choice = gr.Dropdown(
+        choices(draft), value=0, label="Principle", info="type to find one", elem_id="draft-choice"
+    )
     for (key, title), value in zip(FIELDS.items(), values):
         lines = 1 if key == "title" else 2
-        setattr(page, key, gr.Textbox(value, label=title, lines=lines, max_lines=6, max_length=MAX_REQUEST, elem_id=f"draft-{key}"))
+        setattr(
+            page,
+            key,
+            gr.Textbox(value, label=title, lines=lines, max_lines=6, max_length=MAX_REQUEST, elem_id=f"draft-{key}"),
+        )
     page.told = gr.HTML(told(draft, 0, site.constitution, site.models.mini), elem_id="draft-told")
     with gr.Row(elem_classes="draft-buttons"):
         page.new = gr.Button("New principle", min_width=120, elem_id="draft-new")
@@ -99,8 +120,17 @@ def lay_out_form(site: Site, page: SimpleNamespace, draft: Draft) -> None:
         page.back = gr.Button("Back to the loaded one", min_width=160, elem_id="draft-back")
         page.save = gr.Button("Save as YAML", min_width=120, elem_id="draft-save")
     with gr.Accordion("The whole text", open=False, elem_id="draft-whole"):
-        page.text = gr.Code(draft.text, language="yaml", label="YAML (Esc, then Tab, leaves the editor)", lines=12, max_lines=24,
-                            interactive=True, wrap_lines=True, buttons=["copy"], elem_id="draft-text")
+        page.text = gr.Code(
+            draft.text,
+            language="yaml",
+            label="YAML (Esc, then Tab, leaves the editor)",
+            lines=12,
+            max_lines=24,
+            interactive=True,
+            wrap_lines=True,
+            buttons=["copy"],
+            elem_id="draft-text",
+        )
 
 
 def values_of(draft: Draft, place: int) -> list[str]:
@@ -111,7 +141,10 @@ def values_of(draft: Draft, place: int) -> list[str]:
 # %% ../../nbs/app/15_constitution_tab.ipynb #9bbc0b4d
 START = {  # for a new principle: in mini's words, and in plain ones
     True: ("Look at the reply. Is that harmful?", "Rewrite the reply so that it is not harmful."),
-    False: ("Say in which ways the assistant's last reply could do harm.", "Please rewrite the reply so that nothing in it does harm."),
+    False: (
+        "Say in which ways the assistant's last reply could do harm.",
+        "Please rewrite the reply so that nothing in it does harm.",
+    ),
 }
 
 
@@ -119,7 +152,12 @@ def checked_held(value) -> tuple[int, list[str]]:
     "The place and the texts of the principle that the form was filled with."
     try: place, *values = json.loads(checked_text(value))
     except (ValueError, TypeError): place, values = -1, []
-    if not isinstance(place, int) or place < 0 or len(values) != len(FIELDS) or not all(isinstance(v, str) for v in values):
+    if (
+        not isinstance(place, int)
+        or place < 0
+        or len(values) != len(FIELDS)
+        or not all(isinstance(v, str) for v in values)
+    ):
         raise CaiError("The page is out of step with the server; load it again (save the text first).")
     return place, values
 
@@ -137,9 +175,12 @@ class Editing:
         "The form, with one principle in it."
         place = min(place, max(0, len(draft.principles) - 1))
         values = values_of(draft, place)
-        return {self.page.choice: gr.update(choices=choices(draft), value=place if draft.principles else None),
-                self.page.held: json.dumps([place, *values]), **{getattr(self.page, key): v for key, v in zip(FIELDS, values)},
-                **self.told(draft, place)}
+        return {
+            self.page.choice: gr.update(choices=choices(draft), value=place if draft.principles else None),
+            self.page.held: json.dumps([place, *values]),
+            **{getattr(self.page, key): v for key, v in zip(FIELDS, values)},
+            **self.told(draft, place),
+        }
 
     def merged(self, text, held, *values) -> str:
         "The text, with what was typed in the form."
@@ -153,8 +194,17 @@ class Editing:
         with as_message(): before, (place, _) = read_draft(checked_text(text)), checked_held(held)
         try: after = read_draft(self.merged(text, held, *values))
         except CaiError as e: return self.told(before, place, str(e))
-        listed = {self.page.choice: gr.update(choices=choices(after), value=place)} if choices(after) != choices(before) else {}
-        return {self.page.text: after.text, self.page.held: json.dumps([place, *values]), **listed, **self.told(after, place)}
+        listed = (
+            {self.page.choice: gr.update(choices=choices(after), value=place)}
+            if choices(after) != choices(before)
+            else {}
+        )
+        return {
+            self.page.text: after.text,
+            self.page.held: json.dumps([place, *values]),
+            **listed,
+            **self.told(after, place),
+        }
 
     def settled(self, text, held, *values) -> dict:
         "As `typed`, before something is done with the text: what cannot be merged stops it."
@@ -169,7 +219,10 @@ class Editing:
         "Another principle into the form, after what was typed for the last one."
         with as_message():
             text = self.merged(text, held, *values)
-            return {self.page.text: text, **self.form(read_draft(text), choice if isinstance(choice, int) and choice >= 0 else 0)}
+            return {
+                self.page.text: text,
+                **self.form(read_draft(text), choice if isinstance(choice, int) and choice >= 0 else 0),
+            }
 
     def added(self, text) -> dict:
         "One principle more, in the form."
@@ -194,9 +247,13 @@ def connect(page: SimpleNamespace, site: Site) -> None:
     editing, fields = Editing(page, site), [getattr(page, key) for key in FIELDS]
     form, draft = [page.choice, page.held, *fields, page.told], [page.text, page.held, *fields]
     gr.context.Context.root_block.load(None, js=LISTEN, **QUIET)
-    page.typed.click(editing.typed, draft, [page.text, page.held, page.choice, page.told], trigger_mode="always_last", **AT_ONCE)
+    page.typed.click(
+        editing.typed, draft, [page.text, page.held, page.choice, page.told], trigger_mode="always_last", **AT_ONCE
+    )
     page.text.input(editing.wrote, [page.text, page.held], form, trigger_mode="always_last", **AT_ONCE)
-    page.settle = lambda button: button.click(editing.settled, draft, page.text, **AT_ONCE)  # what was typed in this very moment counts
+    page.settle = lambda button: button.click(
+        editing.settled, draft, page.text, **AT_ONCE
+    )  # what was typed in this very moment counts
     shown = [page.choice.input(editing.chosen, [page.choice, *draft], [page.text, *form], **AT_ONCE),
              page.back.click(editing.restored, page.held, [page.text, *form], **AT_ONCE),
              page.settle(page.new).success(editing.added, page.text, [page.text, *form], **AT_ONCE),
@@ -222,10 +279,14 @@ def constitution_tab(site: Site) -> SimpleNamespace:
     return page
 
 
-STYLE = training_panel.STYLE + trial_panel.STYLE + """
+STYLE = (
+    training_panel.STYLE
+    + trial_panel.STYLE
+    + """
 .draft{gap:1.6rem!important;align-items:flex-start}
 .problems{margin:0!important;padding:.5rem .9rem!important;list-style:none;font-size:.88rem;line-height:1.5;color:var(--warn);
  background:var(--warn-bg);border-radius:10px}
 .problems li{margin:0!important;color:var(--warn)!important;overflow-wrap:anywhere}
 #draft-told{min-height:3.2rem}
 """
+)

@@ -39,7 +39,8 @@ def _refusal(text: str) -> Problem | None:
             line = event.start_mark.line + 1
             if name := getattr(event, "anchor", None):
                 return no(line, "yaml", f"found the anchor or alias {name!r}", "write the text out where it is used")
-            if count > _EVENTS: return no(line, "yaml", "too many entries", f"a constitution has at most {MAX_PRINCIPLES} principles")
+            if count > _EVENTS:
+                return no(line, "yaml", "too many entries", f"a constitution has at most {MAX_PRINCIPLES} principles")
             if depth > _DEEPEST: return no(line, "yaml", "nested too deeply", "a principle has keys and texts, no more")
     except yaml.YAMLError: pass
     return None
@@ -78,13 +79,29 @@ def _excess(text: str, values: dict) -> list[Problem]:
     "What a file of one's own may hold and a stranger's may not: too much, and characters that are none."
     principles, found = values.get("principles", ()), []
     if len(principles) > MAX_PRINCIPLES:
-        found.append((MAX_PRINCIPLES, "principles", f"{len(principles)} principles, expected at most {MAX_PRINCIPLES}", "leave some out"))
+        found.append(
+            (
+                MAX_PRINCIPLES,
+                "principles",
+                f"{len(principles)} principles, expected at most {MAX_PRINCIPLES}",
+                "leave some out",
+            )
+        )
     for i, principle in enumerate(principles):
         for key, value in vars(principle).items():
             if len(value if isinstance(value, str) else "") > MAX_REQUEST:
-                found.append((i, f"principles[{i}].{key}", f"{len(value):,} characters, expected at most {MAX_REQUEST:,}", "be brief"))
+                found.append(
+                    (
+                        i,
+                        f"principles[{i}].{key}",
+                        f"{len(value):,} characters, expected at most {MAX_REQUEST:,}",
+                        "be brief",
+                    )
+                )
             if strange := _STRANGE.search(_words(value)):
-                found.append((i, f"principles[{i}].{key}", f"holds the control character {strange.group()!a}", "remove it"))
+                found.append(
+                    (i, f"principles[{i}].{key}", f"holds the control character {strange.group()!a}", "remove it")
+                )
     items = _items(text) if found else ()
     told = [key for key, value in values.items() if key != "principles" and _STRANGE.search(_words(value))]
     return [*(Problem(FILE, 1, key, "holds a control character", "remove it") for key in told),
@@ -142,7 +159,11 @@ def _item(text: str, place: int) -> yaml.MappingNode:
     "The node of a principle."
     draft = read_draft(text)
     if not 0 <= place < len(draft.principles):
-        raise CaiError(str(draft.problems[0]) if draft.problems else f"There is no principle number {place + 1}; choose one of the list.")
+        raise CaiError(
+            str(draft.problems[0])
+            if draft.problems
+            else f"There is no principle number {place + 1}; choose one of the list."
+        )
     item = _items(text)[place]
     if not isinstance(item, yaml.MappingNode): raise CaiError(str(draft.problems[0]))
     return item
@@ -164,7 +185,8 @@ def _reworded(text: str, item: yaml.MappingNode, key: str, value: str) -> str:
         return text[:a] + " " * (a == b) + _quoted(value) + "\n" * text[a:b].endswith("\n") + text[b:]
     if key in pairs:
         k, v = pairs[key]
-        if k is not item.value[0][0]: return text[:_line_start(text, k.start_mark.index)] + text[_next_line(text, _end(v)):]
+        if k is not item.value[0][0]:
+            return text[: _line_start(text, k.start_mark.index)] + text[_next_line(text, _end(v)) :]
         if len(item.value) > 1: return text[:k.start_mark.index] + text[item.value[1][0].start_mark.index:]
     if not value or key in pairs: return text
     earlier = [name for name in PRINCIPLE_KEYS[:PRINCIPLE_KEYS.index(key)] if name in pairs]
@@ -184,7 +206,9 @@ def _rank(key: str) -> int: return PRINCIPLE_KEYS.index(key) if key in PRINCIPLE
 
 
 def _flow(entry: dict) -> str:
-    return yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf")).strip()
+    return yaml.safe_dump(
+        entry, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf")
+    ).strip()
 
 
 def _quoted(value: str) -> str:
@@ -224,15 +248,21 @@ def with_principle(
 ) -> tuple[str, int]:      # the new text, and the place of the new principle
     "The draft with one more principle at its end."
     draft = read_draft(text)
-    if not draft.principles and draft.problems and draft.problems[0].key == "yaml": raise CaiError(str(draft.problems[0]))
+    if not draft.principles and draft.problems and draft.problems[0].key == "yaml":
+        raise CaiError(str(draft.problems[0]))
     taken = {p.id for p in draft.principles}
     id = next(name for i in range(1, len(taken) + 2) if (name := f"new-{i}") not in taken)
     new, found = Principle(id, "New principle", critique, revision), _list(text) if draft.text.strip() else None
     lines = [f"id: {id}", *(f"{key}: {_quoted(getattr(new, key))}" for key in ("title", "critique", "revision"))]
     block = lambda pad: f"{pad}- " + f"\n{pad}  ".join(lines) + "\n"
-    if found is None: after = text.rstrip() + "\nprinciples:\n" + block("  ")
-    elif not found.value: after = text[:found.start_mark.index].rstrip() + "\n" + block("  ") + text[found.end_mark.index:].lstrip("\n")
-    elif found.flow_style: after = text[:(end := _end(found.value[-1]))] + ", " + _flow(dict(yaml.safe_load("\n".join(lines)))) + text[end:]
+    if found is None:
+        after = text.rstrip() + "\nprinciples:\n" + block("  ")
+    elif not found.value:
+        after = text[: found.start_mark.index].rstrip() + "\n" + block("  ") + text[found.end_mark.index :].lstrip("\n")
+    elif found.flow_style:
+        after = (
+            text[: (end := _end(found.value[-1]))] + ", " + _flow(dict(yaml.safe_load("\n".join(lines)))) + text[end:]
+        )
     else: after = _inserted(text, _end(found.value[-1]), block(" " * found.start_mark.column))
     return _checked(after, (*draft.principles, new)), len(draft.principles)
 
@@ -261,22 +291,37 @@ def changes(
     texts = lambda p: (p.critique, p.revision, p.comparison, p.weight)
     kinds = {"changed": [id for id in new if id in old and texts(new[id]) != texts(old[id])],
              "new": [id for id in new if id not in old], "without": [id for id in old if id not in new]}
-    said = [f"{kind}: {', '.join(ids[:3])}{f' and {len(ids) - 3} more' * (len(ids) > 3)}" for kind, ids in kinds.items() if ids]
-    return "; ".join(said) or ("the same principles" if before.digest == after.digest else "the same principles in another order")
+    said = [
+        f"{kind}: {', '.join(ids[:3])}{f' and {len(ids) - 3} more' * (len(ids) > 3)}"
+        for kind, ids in kinds.items()
+        if ids
+    ]
+    return "; ".join(said) or (
+        "the same principles" if before.digest == after.digest else "the same principles in another order"
+    )
 
 # %% ../../nbs/app/04_draft.ipynb #ebcdb062
-FIELDS = {"title": "Title", "critique": "Critique request", "revision": "Revision request", "comparison": "Comparison question"}
+FIELDS = {
+    "title": "Title",
+    "critique": "Critique request",
+    "revision": "Revision request",
+    "comparison": "Comparison question",
+}
 
 
 def principle_of(
     texts: dict[str, str],  # title, critique, revision, comparison; empty ones do not count
 ) -> Principle:
     "A principle from a form, or the first thing that is wrong with it in a sentence."
-    entry = {"id": "yours"} | {key: checked_text(text).strip() for key, text in texts.items() if checked_text(text).strip()}
+    entry = {"id": "yours"} | {
+        key: checked_text(text).strip() for key, text in texts.items() if checked_text(text).strip()
+    }
     draft = read_draft(yaml.safe_dump({"name": "yours", "principles": [entry]}, allow_unicode=True))
     if draft.problems:
         key = draft.problems[0].key.rpartition(".")[2]
-        raise CaiError(f"The {key if key in texts else 'principle'} {draft.problems[0].message}; {draft.problems[0].fix}.")
+        raise CaiError(
+            f"The {key if key in texts else 'principle'} {draft.problems[0].message}; {draft.problems[0].fix}."
+        )
     return draft.principles[0]
 
 # %% ../../nbs/app/04_draft.ipynb #8918696b

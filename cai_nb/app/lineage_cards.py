@@ -37,8 +37,11 @@ def _step(step: Step, before: str) -> str:
         text = marked(before, step.text) if before != step.text else f'{text} <span class="quiet">(unchanged)</span>'
     title = {"principle": "Principle: ", "vote": "Compared by: "}.get(step.kind, "") + step.title
     told = "" if step.kind in ("role", "vote") or not step.note else f'<span class="quiet">{esc(step.note)}</span>'
-    if step.kind == "principle": text, told = f"{text}{told and ' '}{told}", ""  # first the critique is asked for, then the revision
-    return f'<p class="what"><b>{esc(title)}</b>{told}</p><p class="said">{text}</p>' + ("" if step.p is None else _ballot(step))
+    if step.kind == "principle":
+        text, told = f"{text}{told and ' '}{told}", ""  # first the critique is asked for, then the revision
+    return f'<p class="what"><b>{esc(title)}</b>{told}</p><p class="said">{text}</p>' + (
+        "" if step.p is None else _ballot(step)
+    )
 
 
 def _ballot(step: Step) -> str:
@@ -53,8 +56,12 @@ def lineage_html(found: Lineage) -> str:
     "A row's ancestry, and folded beneath it, what else came of its prompt."
     parts = "".join(f"<h3>{esc(heading)}</h3>{story_html(steps, heading)}" for heading, steps in found.later.items())
     opened = " open" if found.stage == "rl" else ""
-    later = f'<details class="later"{opened}><summary>All that came of this prompt</summary>{parts}</details>' if parts else ""
-    return f'{note(f"{STAGE_TITLES[found.stage]}, row {found.id}")}{story_html(found.steps, f"Story of row {found.id}")}{later}'
+    later = (
+        f'<details class="later"{opened}><summary>All that came of this prompt</summary>{parts}</details>'
+        if parts
+        else ""
+    )
+    return f"{note(f'{STAGE_TITLES[found.stage]}, row {found.id}')}{story_html(found.steps, f'Story of row {found.id}')}{later}"
 
 # %% ../../nbs/app/08_lineage_cards.ipynb #402f95ca
 def shortened(text: str, n: int) -> str:

@@ -37,12 +37,12 @@ class Models:
     adapters: dict[str, str | None]        # column → adapter (None: the base alone), in the order of the columns
     about: str = ""                        # a plain word about them, HTML
     examples: dict[str, dict[str, str]] = field(default_factory=dict)  # heading → {what the button says: the prompt}
-    oracle: object = None                  # mini's oracle: says what an answer is
-    border: Callable | None = None         # what mini understands of conversations (notebook mini/05b); None: all of them
+    oracle: object = None  # mini's oracle: says what an answer is
+    border: Callable | None = None  # what mini understands of conversations (notebook mini/border); None: all of them
     goes_on: tuple[str, ...] = ()          # what can be said next, for whom does not know what to say
     max_new_tokens: int = 256
-    layout: str = "chat"                   # how critiques are asked for (notebook 05)
-    comparison_layout: str = "paper"       # how comparisons are asked for (notebook 06b)
+    layout: str = "chat"                   # how critiques are asked for (notebook method/critique)
+    comparison_layout: str = "paper"       # how comparisons are asked for (notebook method/comparison)
     titles: dict[str, tuple[str, str]] = field(default_factory=lambda: dict(COLUMNS))
     digests: dict[str, str] = field(default_factory=dict)  # column → 12 hexadecimal characters of its weights
     scorer: object = None                  # the run's `PreferenceModel` on the same base, if it has one
@@ -54,7 +54,9 @@ class Models:
         "Whether the base is the embedded model."
         return self.recipe.get("base") == "mini"
 
-    def heard(self, talks: list) -> list | None:  # conversations, maybe without their earlier turns; None: not understood
+    def heard(
+        self, talks: list
+    ) -> list | None:  # conversations, maybe without their earlier turns; None: not understood
         "What the base understands of conversations that end in the same request."
         if self.border is None or not talks: return talks
         found = self.border(self.lm, talks)
@@ -92,8 +94,10 @@ def mini_goes_on() -> tuple[str, ...]:
     return FOLLOW_UPS[:3] + PUSH_BACKS[:4]
 
 # %% ../../nbs/app/00_models.ipynb #a20cb535
-UNKNOWN = ("mini does not know what this is about. It grew up in a small made-up world of things to do; the examples show what one "
-           "can ask.")
+UNKNOWN = (
+    "mini does not know what this is about. It grew up in a small made-up world of things to do; the examples show what one "
+    "can ask."
+)
 
 
 def only_known(models: Models) -> Models:
@@ -215,7 +219,7 @@ def compare(
     seed: int = 0,
     temperature: float = 1.0,
     stop: Callable[[], bool] | None = None,  # asked before every token
-) -> Iterator[dict[str, str]]:               # column → its answer so far; all grow together
+) -> Iterator[dict[str, str]]:  # column → its answer so far; all grow together
     "Answers of the columns, each to its conversation, streamed from one batch; or `UNKNOWN` from all, and no model runs."
     if stop is not None and stop(): return
     n, heard = len(talks), models.heard(list(talks.values()))

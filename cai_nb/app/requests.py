@@ -42,7 +42,8 @@ def checked_number(value, low: float, high: float, name: str) -> float:
 
 def checked_seed(value) -> int:
     "A seed, as a number or as it is typed; a new one if there is none."
-    if isinstance(value, str): value = int(value) if value.strip().isdecimal() and len(value) < 20 else value.strip() or None
+    if isinstance(value, str):
+        value = int(value) if value.strip().isdecimal() and len(value) < 20 else value.strip() or None
     return random.randrange(100_000) if value is None else int(checked_number(value, 0, 2**31 - 1, "seed"))
 
 
@@ -84,7 +85,8 @@ def checked_answer(answer) -> str:
 
 def checked_answers(answers) -> dict:
     "Two to four answers by name."
-    if not isinstance(answers, dict) or not 2 <= len(answers) <= 4: raise CaiError("The answers must be two to four texts by name.")
+    if not isinstance(answers, dict) or not 2 <= len(answers) <= 4:
+        raise CaiError("The answers must be two to four texts by name.")
     return {str(name): checked_answer(text) for name, text in answers.items()}
 
 # %% ../../nbs/app/01_requests.ipynb #5882c173
@@ -142,11 +144,14 @@ def read_link(query: str) -> dict | None:  # {"prompts", "seeds", "temperature",
     found = parse_qs(query.lstrip("?"), max_num_fields=64)
     prompts = [checked_prompt(p) for p in found.get("p", ())]
     if not prompts: return None
-    if len(prompts) > MAX_TURNS: raise CaiError(f"That link holds {len(prompts)} prompts; at most {MAX_TURNS} can be answered here.")
+    if len(prompts) > MAX_TURNS:
+        raise CaiError(f"That link holds {len(prompts)} prompts; at most {MAX_TURNS} can be answered here.")
     try:
         seeds, temperature = [int(s) for s in found.get("seed", ())], float(found.get("t", ["1"])[0])
     except ValueError:
-        raise CaiError("That link is damaged: its seeds and temperature are not numbers. Type the prompt instead.") from None
+        raise CaiError(
+            "That link is damaged: its seeds and temperature are not numbers. Type the prompt instead."
+        ) from None
     seeds = [checked_seed(s) for s in seeds] or [checked_seed(None)]
     digests = dict(part.split(":", 1) for part in found.get("models", [""])[0].split(",") if ":" in part)
     return {"prompts": prompts, "seeds": (seeds + seeds[-1:] * len(prompts))[:len(prompts)],
@@ -157,7 +162,11 @@ class Conversation:
     "The state of the tab: turns that were answered, turns that wait, the temperature."
 
     def __init__(self, state: dict):
-        self.turns, self.pending, self.temperature = list(state.get("turns", [])), list(state.get("pending", [])), state.get("temperature", 1.0)
+        self.turns, self.pending, self.temperature = (
+            list(state.get("turns", [])),
+            list(state.get("pending", [])),
+            state.get("temperature", 1.0),
+        )
 
     def state(self) -> dict: return {"turns": self.turns, "pending": self.pending, "temperature": self.temperature}
 

@@ -30,7 +30,9 @@ def runs_of(site: Site) -> dict[str, tuple[str, Path]]:  # name → what the cho
     "The runs that can be shown: the one that is served, and those that were trained here."
     served = Path(site.models.folder or reference_folder())
     found = {"": (f"{site.models.recipe.get('name') or served.name}: the run behind this page", served)}
-    for folder in sorted((site.folder / "trained").iterdir()) if site.folder and (site.folder / "trained").is_dir() else ():
+    for folder in (
+        sorted((site.folder / "trained").iterdir()) if site.folder and (site.folder / "trained").is_dir() else ()
+    ):
         if (folder / "recipe.yaml").is_file() and (folder / "sl/adapter_model.safetensors").is_file():
             found[folder.name] = (f"trained here: {_what(folder) or folder.name}", folder)
     return found
@@ -54,13 +56,19 @@ def checked_query(value) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in value.encode("utf-8", "ignore").decode()).split())
 
 # %% ../../nbs/app/17_run_tab.ipynb #9f6aaa4d
-STAGE_CHOICES = [("SL-CAI: revisions and replies", "sl"), ("Preference model: pairs of answers", "preference"), ("RL-CAI: prompts", "rl")]
+STAGE_CHOICES = [
+    ("SL-CAI: revisions and replies", "sl"),
+    ("Preference model: pairs of answers", "preference"),
+    ("RL-CAI: prompts", "rl"),
+]
 
 
 def lay_out(site: Site) -> SimpleNamespace:  # the components that events need
     "The tab's components, from top to bottom."
     page = SimpleNamespace(shown=gr.State(""), number=gr.State(1))
-    page.run = gr.Dropdown(_run_choices(site), value="", label="Run", elem_id="run-choice", visible=len(runs_of(site)) > 1)
+    page.run = gr.Dropdown(
+        _run_choices(site), value="", label="Run", elem_id="run-choice", visible=len(runs_of(site)) > 1
+    )
     page.head = gr.HTML(note("Opening the run …"), elem_id="run-head")
     page.tables = gr.HTML("", elem_id="run-tables")
     page.figures = gr.HTML("", elem_id="run-figures")
@@ -81,8 +89,14 @@ NO_ROW = '<p class="quiet">No row is chosen yet.</p>'
 def lay_out_list(page: SimpleNamespace):
     "What chooses a row."
     page.stage = gr.Radio(STAGE_CHOICES, value="sl", label="What was trained", elem_id="run-stage")
-    page.query = gr.Textbox("", label="Find", placeholder="words of a prompt or a reply, or an id", max_length=MAX_QUERY, max_lines=1,
-                            elem_id="run-query")
+    page.query = gr.Textbox(
+        "",
+        label="Find",
+        placeholder="words of a prompt or a reply, or an id",
+        max_length=MAX_QUERY,
+        max_lines=1,
+        elem_id="run-query",
+    )
     page.found = gr.HTML(note(""), elem_id="run-found")
     page.rows = gr.Radio([], label="Rows", elem_id="run-rows")
     with gr.Row():
@@ -114,23 +128,36 @@ class Events:
         seen = self.seen(run)
         choices = {self.page.run: gr.update(choices=_run_choices(self.site), visible=len(runs_of(self.site)) > 1)}
         if shown == f"{run} {seen.version}": return choices
-        return {**choices, **self.list(run, stage, query), self.page.shown: f"{run} {seen.version}", self.page.head: head_html(seen),
-                self.page.tables: tables_html(seen), self.page.figures: figures_html(seen), self.page.origin: origin_html(seen),
-                self.page.story: NO_ROW}
+        return {
+            **choices,
+            **self.list(run, stage, query),
+            self.page.shown: f"{run} {seen.version}",
+            self.page.head: head_html(seen),
+            self.page.tables: tables_html(seen),
+            self.page.figures: figures_html(seen),
+            self.page.origin: origin_html(seen),
+            self.page.story: NO_ROW,
+        }
 
     def list(self, run, stage, query, number=1):
         "A page of rows."
         with as_message():
             query = checked_query(query or "")  # nothing comes from a field that was not drawn yet
             page = self.page_of(run, stage, query, number)
-        return {self.page.rows: gr.update(choices=[row_choice(row) for row in page.rows], value=None),
-                self.page.found: note(found_text(page, query)), self.page.number: page.page,
-                self.page.back: gr.update(interactive=page.page > 1), self.page.on: gr.update(interactive=page.page < page.pages)}
+        return {
+            self.page.rows: gr.update(choices=[row_choice(row) for row in page.rows], value=None),
+            self.page.found: note(found_text(page, query)),
+            self.page.number: page.page,
+            self.page.back: gr.update(interactive=page.page > 1),
+            self.page.on: gr.update(interactive=page.page < page.pages),
+        }
 
     def page_of(self, run, stage, query, number) -> Page:
         "A page of rows, if all that was sent can be understood."
         number = int(checked_number(number, 1, 1e9, "page"))
-        return training_rows(self.folder(run), checked_choice(stage, STAGE_TITLES, "stage"), checked_query(query), number)
+        return training_rows(
+            self.folder(run), checked_choice(stage, STAGE_TITLES, "stage"), checked_query(query), number
+        )
 
     def back(self, run, stage, query, number): return self.list(run, stage, query, max(number - 1, 1))
 
@@ -143,7 +170,10 @@ class Events:
     def save(self, run):
         "A page to keep."
         seen = self.seen(run)
-        return {"name": f"{'-'.join(re.findall('[a-zA-Z0-9]+', seen.name))[:60] or 'run'}.html", "text": page_html(seen)}
+        return {
+            "name": f"{'-'.join(re.findall('[a-zA-Z0-9]+', seen.name))[:60] or 'run'}.html",
+            "text": page_html(seen),
+        }
 
 # %% ../../nbs/app/17_run_tab.ipynb #4b17e59f
 SETTLE = """(run, stage) => new Promise(settled => { const box = document.querySelector('#run-query');
@@ -206,7 +236,9 @@ def run_tab(site: Site) -> SimpleNamespace:
     return page
 
 # %% ../../nbs/app/17_run_tab.ipynb #4032475f
-STYLE = CARDS_STYLE + """
+STYLE = (
+    CARDS_STYLE
+    + """
 .run-top{margin-bottom:.4rem}.small{font-size:.85rem!important}
 #run-head,#run-tables{min-height:3rem}#run-tables .wide{margin:1rem 0}
 #run-tables .html-container>*{display:flex;flex-wrap:wrap;gap:0 3rem}#run-tables .wide:first-child,#run-tables .small{flex:1 1 100%}
@@ -234,3 +266,4 @@ STYLE = CARDS_STYLE + """
  .run-rows-and-story{gap:.8rem!important}#run-tables table{min-width:0}
  #run-tables :is(th,td){white-space:normal!important;padding:.35rem .4rem!important;font-size:.84rem}#run-tables td{min-width:4.6rem}}
 """
+)

@@ -28,14 +28,23 @@ def header(models: Models) -> str:
     "The top of the page."
     missing = [COLUMNS[name][0] for name in COLUMNS if name not in models.adapters]
     gap = f' <b>Not here yet:</b> {" and ".join(missing)}; that stage is not finished.' if missing else ""
-    count = {1: "one answer", 2: "two answers", 3: "three answers"}.get(len(models.adapters), f"{len(models.adapters)} answers")
-    return (f'<header class="top"><h1>One prompt, {count}</h1>'
-            "<p>Constitutional AI, step by step: a model that helps with anything; the same model once it has learnt from "
-            f"its own <em>critiques and revisions</em>; and then from <em>AI feedback</em>. {models.about}{gap}</p></header>")
+    count = {1: "one answer", 2: "two answers", 3: "three answers"}.get(
+        len(models.adapters), f"{len(models.adapters)} answers"
+    )
+    return (
+        f'<header class="top"><h1>One prompt, {count}</h1>'
+        "<p>Constitutional AI, step by step: a model that helps with anything; the same model once it has learnt from "
+        f"its own <em>critiques and revisions</em>; and then from <em>AI feedback</em>. {models.about}{gap}</p></header>"
+    )
 
 # %% ../../nbs/app/18_server.ipynb #513f8d63
-TABS = {"Compare": compare_tab.compare_tab, "Chains": chains_tab.chains_tab, "Constitution": constitution_tab.constitution_tab,
-        "Arena": arena_tab.arena_tab, "Run": run_tab.run_tab}
+TABS = {
+    "Compare": compare_tab.compare_tab,
+    "Chains": chains_tab.chains_tab,
+    "Constitution": constitution_tab.constitution_tab,
+    "Arena": arena_tab.arena_tab,
+    "Run": run_tab.run_tab,
+}
 
 
 def build_demo(
@@ -94,7 +103,13 @@ document.addEventListener('click', async event => {
 def no_such_endpoint(request, error):
     "The answer to a call of an endpoint that does not exist."
     from fastapi.responses import JSONResponse
-    return JSONResponse({"detail": f"There is no {request.url.path.rsplit('/', 1)[-1]} here; the endpoints are listed at {request.base_url}?view=api"}, 404)
+
+    return JSONResponse(
+        {
+            "detail": f"There is no {request.url.path.rsplit('/', 1)[-1]} here; the endpoints are listed at {request.base_url}?view=api"
+        },
+        404,
+    )
 
 
 SESSIONS = 128  # four times the line: older visitors' conversations are forgotten first
@@ -103,8 +118,18 @@ SESSIONS = 128  # four times the line: older visitors' conversations are forgott
 def launch_settings() -> dict:
     "Look and behaviour of the page, for `launch`."
     styles = [tab.STYLE for tab in (compare_tab, chains_tab, constitution_tab, arena_tab, run_tab)]
-    return {**look(*styles), "head": HEAD, "quiet": True, "max_file_size": "1kb", "ssr_mode": False, "enable_monitoring": False,
-            "run_history": False, "pwa": False, "state_session_capacity": SESSIONS, "app_kwargs": {"exception_handlers": {FnIndexInferError: no_such_endpoint}}}
+    return {
+        **look(*styles),
+        "head": HEAD,
+        "quiet": True,
+        "max_file_size": "1kb",
+        "ssr_mode": False,
+        "enable_monitoring": False,
+        "run_history": False,
+        "pwa": False,
+        "state_session_capacity": SESSIONS,
+        "app_kwargs": {"exception_handlers": {FnIndexInferError: no_such_endpoint}},
+    }
 
 # %% ../../nbs/app/18_server.ipynb #f24b8851
 def login(
@@ -140,11 +165,19 @@ def serve(
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     who = login(auth)
     models, constitution = load_run(run)
-    if models.mini: torch.set_num_threads(1)  # a model so small is no faster with more, and far slower beside a training
+    if models.mini:
+        torch.set_num_threads(1)  # a model so small is no faster with more, and far slower beside a training
     demo = build_demo(on_space(models), constitution, folder)
     try:
-        _, url, _ = demo.launch(server_name=host, server_port=port or None, share=bool(share), prevent_thread_lock=True, auth=who,
-                                root_path=root_path, **launch_settings())
+        _, url, _ = demo.launch(
+            server_name=host,
+            server_port=port or None,
+            share=bool(share),
+            prevent_thread_lock=True,
+            auth=who,
+            root_path=root_path,
+            **launch_settings(),
+        )
     except OSError as e:
         raise CaiError(f"--port {port}: cannot be opened on {host} ({e}); give another one, "
                        f"such as --port {port + 1}") from None

@@ -14,9 +14,17 @@ __all__ = ['INKS', 'CSS', 'THEME', 'look']
 
 # %% ../../nbs/app/09_theme.ipynb #cef71864
 INKS = {  # name: in the light, in the dark
-    "page": ("#faf8f4", "#14191d"), "sheet": ("#ffffff", "#1c2328"), "ink": ("#22303a", "#e6eaec"), "soft": ("#55636d", "#a3b0b9"),
-    "rule": ("#e2dcd1", "#333e46"), "accent": ("#21708d", "#6cb6d1"), "warn": ("#7a4f0e", "#f0cf92"), "warn-bg": ("#fbf0d9", "#33291a"),
-    "ins": ("#d9f0e0", "#1d4a32"), "del": ("#f8dedb", "#55292a"), "button": ("#efebe3", "#2a333a"),
+    "page": ("#faf8f4", "#14191d"),
+    "sheet": ("#ffffff", "#1c2328"),
+    "ink": ("#22303a", "#e6eaec"),
+    "soft": ("#55636d", "#a3b0b9"),
+    "rule": ("#e2dcd1", "#333e46"),
+    "accent": ("#21708d", "#6cb6d1"),
+    "warn": ("#7a4f0e", "#f0cf92"),
+    "warn-bg": ("#fbf0d9", "#33291a"),
+    "ins": ("#d9f0e0", "#1d4a32"),
+    "del": ("#f8dedb", "#55292a"),
+    "button": ("#efebe3", "#2a333a"),
 }
 
 # %% ../../nbs/app/09_theme.ipynb #684e1092
@@ -77,10 +85,21 @@ CSS = """
 
 # %% ../../nbs/app/09_theme.ipynb #b5320071
 THEME = {  # Gradio's variables by our names
-    "body_background_fill": "page", "block_background_fill": "sheet", "border_color_primary": "rule", "block_border_color": "rule",
-    "input_background_fill": "sheet", "body_text_color": "ink", "body_text_color_subdued": "soft", "block_label_text_color": "soft",
-    "block_title_text_color": "ink", "block_info_text_color": "soft", "input_placeholder_color": "soft", "link_text_color": "accent",
-    "button_secondary_text_color": "ink", "button_secondary_background_fill": "button", "accordion_text_color": "ink",
+    "body_background_fill": "page",
+    "block_background_fill": "sheet",
+    "border_color_primary": "rule",
+    "block_border_color": "rule",
+    "input_background_fill": "sheet",
+    "body_text_color": "ink",
+    "body_text_color_subdued": "soft",
+    "block_label_text_color": "soft",
+    "block_title_text_color": "ink",
+    "block_info_text_color": "soft",
+    "input_placeholder_color": "soft",
+    "link_text_color": "accent",
+    "button_secondary_text_color": "ink",
+    "button_secondary_background_fill": "button",
+    "accordion_text_color": "ink",
 }
 
 
@@ -89,14 +108,28 @@ def look(
 ) -> dict:  # keyword arguments for `launch`
     "Theme and style: system fonts, nothing fetched from elsewhere, light and dark."
     fonts = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
-    theme = gr.themes.Base(primary_hue="cyan", neutral_hue="slate", radius_size="lg", font=fonts, font_mono=("ui-monospace", "monospace"))
+    theme = gr.themes.Base(
+        primary_hue="cyan", neutral_hue="slate", radius_size="lg", font=fonts, font_mono=("ui-monospace", "monospace")
+    )
     own = {name: INKS[ink] for name, ink in THEME.items()} | {
-        "block_shadow": ("none", "none"), "button_transition": ("none", "none"), "input_border_color": INKS["rule"], "input_border_width": ("1px", "1px"), "button_primary_background_fill": ("#21708d", "#21708d"),
-        "button_primary_background_fill_hover": ("#1b5d76", "#2a7f9e"), "button_primary_text_color": ("#ffffff", "#ffffff"),
-        "button_secondary_background_fill_hover": ("#e4ded2", "#35414a"), "button_secondary_text_color_hover": INKS["ink"],
-        **dict.fromkeys(("slider_color", "checkbox_background_color_selected", "checkbox_border_color_selected"), ("#21708d", "#2a7f9e"))}
+        "block_shadow": ("none", "none"),
+        "button_transition": ("none", "none"),
+        "input_border_color": INKS["rule"],
+        "input_border_width": ("1px", "1px"),
+        "button_primary_background_fill": ("#21708d", "#21708d"),
+        "button_primary_background_fill_hover": ("#1b5d76", "#2a7f9e"),
+        "button_primary_text_color": ("#ffffff", "#ffffff"),
+        "button_secondary_background_fill_hover": ("#e4ded2", "#35414a"),
+        "button_secondary_text_color_hover": INKS["ink"],
+        **dict.fromkeys(
+            ("slider_color", "checkbox_background_color_selected", "checkbox_border_color_selected"),
+            ("#21708d", "#2a7f9e"),
+        ),
+    }
     dark_too = {name for name in own if name != "button_transition"}
-    theme = theme.set(**{name: pair[0] for name, pair in own.items()}, **{f"{name}_dark": own[name][1] for name in dark_too})
+    theme = theme.set(
+        **{name: pair[0] for name, pair in own.items()}, **{f"{name}_dark": own[name][1] for name in dark_too}
+    )
     light, dark = (";".join(f"--{name}:{pair[i]}" for name, pair in INKS.items()) for i in (0, 1))
     names = f".gradio-container{{{light};--color-accent:var(--accent)}}.dark .gradio-container,.gradio-container.dark{{{dark}}}"
     dots = "".join(f".dot.{kind}{{background:{colour}}}" for kind, colour in COLOURS.items())

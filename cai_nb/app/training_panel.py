@@ -46,16 +46,24 @@ def named(training: Training) -> str:
 # %% ../../nbs/app/14_training_panel.ipynb #bee95499
 def lay_out_training(site: Site, page: SimpleNamespace):
     "What is trained, how far it is, and what was trained before."
-    with gr.Column(elem_classes="unseen"): page.joined, page.seen = gr.Textbox("", label="Joined"), gr.Textbox("", label="Seen")
+    with gr.Column(elem_classes="unseen"):
+        page.joined, page.seen = gr.Textbox("", label="Joined"), gr.Textbox("", label="Seen")
     reason = cannot_train(site.models, site.folder)
     gr.HTML(f'<h2>Train with this constitution</h2><p class="quiet">{esc(reason) or TRAINING}</p>')
     with gr.Column(visible=not reason, elem_classes="training"):
         with gr.Row(elem_classes="draft-buttons"):
-            page.part = gr.Radio([(title, part) for part, title in PARTS.items()], value="sl", label="What to train", min_width=260,
-                                 elem_id="train-part")
+            page.part = gr.Radio(
+                [(title, part) for part, title in PARTS.items()],
+                value="sl",
+                label="What to train",
+                min_width=260,
+                elem_id="train-part",
+            )
             page.train = gr.Button("Train", variant="primary", min_width=100, elem_id="train")
             page.cancel = gr.Button("Cancel", interactive=False, min_width=100, elem_id="train-cancel")
-            page.leave = gr.Button("Take the next one out of the line", visible=False, min_width=180, elem_id="train-leave")
+            page.leave = gr.Button(
+                "Take the next one out of the line", visible=False, min_width=180, elem_id="train-leave"
+            )
         page.news = gr.HTML(note(""), elem_id="train-news")
         page.bar = gr.HTML("", elem_id="train-bar")
         with gr.Row(visible=False, elem_id="train-former", elem_classes="draft-buttons") as page.former:
@@ -82,7 +90,9 @@ class TrainingHere:
         with self.lock:
             name = next_column(self.site.models)
             title = f"Trained {name.rpartition('-')[2]}"
-            self.site.models = join(self.site.models, name, training.adapter, title, f"{kind}, {training.what or 'the same principles'}")
+            self.site.models = join(
+                self.site.models, name, training.adapter, title, f"{kind}, {training.what or 'the same principles'}"
+            )
             column = column_of(self.site.models, training.adapter)
             self.titles[training.id] = self.site.title(column)
 
@@ -114,21 +124,40 @@ class TrainingHere:
         "The page as things stand."
         now, following, page = self.bench.look(), self.bench.next, self.page
         busy = now is not None and now.state == "running"
-        shown = {page.bar: training_html(now, self.titles.get(now.id, "") if now and now.state == "done" else "", following)}
+        shown = {
+            page.bar: training_html(now, self.titles.get(now.id, "") if now and now.state == "done" else "", following)
+        }
         stage = f"{now.id} {now.state} {now.stage} {following and following.id}" if now else "nothing"
         if stage == seen: return shown
-        former = [(f"{named(t)} ({t.state})", t.id) for t in self.bench.trainings() if t.state not in ("running", "waiting")]
+        former = [
+            (f"{named(t)} ({t.state})", t.id) for t in self.bench.trainings() if t.state not in ("running", "waiting")
+        ]
         return shown | {
-            page.seen: stage, page.news: note(f"Training: {now.stage or 'starting'}." if busy else ""),
-            page.timer: gr.Timer(active=busy), page.cancel: gr.update(interactive=busy), page.leave: gr.update(visible=bool(following)),
-            page.joined: ",".join(self.site.models.adapters), page.former: gr.update(visible=bool(former)),
-            page.trained: gr.update(choices=former, value=former[0][1] if former else None)}
+            page.seen: stage,
+            page.news: note(f"Training: {now.stage or 'starting'}." if busy else ""),
+            page.timer: gr.Timer(active=busy),
+            page.cancel: gr.update(interactive=busy),
+            page.leave: gr.update(visible=bool(following)),
+            page.joined: ",".join(self.site.models.adapters),
+            page.former: gr.update(visible=bool(former)),
+            page.trained: gr.update(choices=former, value=former[0][1] if former else None),
+        }
 
 # %% ../../nbs/app/14_training_panel.ipynb #9405b6f2
 def connect_training(page: SimpleNamespace) -> None:
     "The part of the page where models are trained."
     here = page.here
-    page.refreshed = [page.bar, page.timer, page.cancel, page.leave, page.seen, page.news, page.joined, page.former, page.trained]
+    page.refreshed = [
+        page.bar,
+        page.timer,
+        page.cancel,
+        page.leave,
+        page.seen,
+        page.news,
+        page.joined,
+        page.former,
+        page.trained,
+    ]
     gr.context.Context.root_block.load(partial(here.tick, ""), None, page.refreshed, **AT_ONCE)
     page.settle(page.train).success(here.begin, [page.text, page.part], page.refreshed, **AT_ONCE)
     page.again.click(here.again, page.trained, page.refreshed, **AT_ONCE)

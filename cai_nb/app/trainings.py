@@ -49,7 +49,9 @@ class Workbench:
     def __init__(
         self,
         folder: str | Path,  # what is made lies in its `trained`
-        finished: Callable[[Training], None] = lambda training: None,  # called when one is there, in a thread of its own
+        finished: Callable[[Training], None] = lambda training: (
+            None
+        ),  # called when one is there, in a thread of its own
         sets: tuple[str, ...] = (),  # changes of the recipe, such as "prompts.limit=64"
     ):
         self.folder, self.finished, self.sets = Path(folder).resolve() / "trained", finished, tuple(sets)
@@ -64,12 +66,17 @@ class Workbench:
     ) -> Training:
         "Train by a constitution; what is there already is not made again, and what was stopped goes on."
         for kind in ("critique", "comparison")[:1 + (part == "all")]: constitution.pool(kind)
-        job = _Job(self.folder / "-".join([constitution.digest[:12], *([row_id(self.sets)[:4]] if self.sets else [])]), part, what)
+        job = _Job(
+            self.folder / "-".join([constitution.digest[:12], *([row_id(self.sets)[:4]] if self.sets else [])]),
+            part,
+            what,
+        )
         with self.lock:
             for busy in filter(None, (self.running, self.waiting)):
                 if (busy.folder, busy.part) == (job.folder, job.part): return self.look(busy)
             if is_done(job.folder, job.part): return self._arrive(job)
-            if self.waiting: raise CaiError(f"Another training runs and one waits; try again later. Now: {self.look(self.running)}.")
+            if self.waiting:
+                raise CaiError(f"Another training runs and one waits; try again later. Now: {self.look(self.running)}.")
             self._prepare(job, constitution)
             if self.running: self.waiting = job
             else: self._launch(job)
@@ -87,7 +94,9 @@ class Workbench:
 
     def _note(self, job: _Job) -> None:
         note = _note_of(job.folder)
-        note["parts"] = note.get("parts", {}) | {job.part: {"what": job.what, "began": job.began or time.time(), "error": job.error}}
+        note["parts"] = note.get("parts", {}) | {
+            job.part: {"what": job.what, "began": job.began or time.time(), "error": job.error}
+        }
         write_safely(job.folder / "training.json", json.dumps(note, indent=1) + "\n")
 
     def _launch(self, job: _Job) -> None:
@@ -101,15 +110,18 @@ class Workbench:
         "When the process has ended: say what became of it, and let the next one in."
         code = job.process.wait()
         job.process.stdin.close()
-        if job.state == "running" and is_done(job.folder, job.part): self._arrive(job)
-        elif job.state == "running": job.state, job.error = "failed", why_it_failed(code, end_of(job.folder / "training.log"))
+        if job.state == "running" and is_done(job.folder, job.part):
+            self._arrive(job)
+        elif job.state == "running":
+            job.state, job.error = "failed", why_it_failed(code, end_of(job.folder / "training.log"))
         with self.lock:
             self.last, self.running, following, self.waiting = job, None, self.waiting, None
             try:
                 if job.error: self._note(job)
                 if following: self._launch(following)
             except (CaiError, OSError) as error:
-                if following and not self.running: self.last, following.state, following.error = following, "failed", str(error)
+                if following and not self.running:
+                    self.last, following.state, following.error = following, "failed", str(error)
         job.ended.set()
 
     def _arrive(self, job: _Job) -> Training:
@@ -141,8 +153,12 @@ class Workbench:
     def prior(self) -> dict[str, float]:
         "Seconds of each stage: of the newest training here that has it, else of the shipped run."
         made = [stage_entries(path.parent) for path in sorted(self.folder.glob("*/manifest.json"), key=when_written)]
-        return {stage: entry["seconds"] for entries in (stage_entries(reference_folder()), *made) for stage, entry in entries.items()
-                if entry["status"] == "done"}
+        return {
+            stage: entry["seconds"]
+            for entries in (stage_entries(reference_folder()), *made)
+            for stage, entry in entries.items()
+            if entry["status"] == "done"
+        }
 
     def trainings(self) -> list[Training]:
         "All that were ever begun in this folder, the newest first."
@@ -151,7 +167,9 @@ class Workbench:
             for part, wanted in _note_of(path.parent).get("parts", {}).items():
                 job = _Job(path.parent, part, wanted["what"], error=wanted["error"])
                 job.state = "done" if is_done(job.folder, job.part) else "failed" if job.error else "stopped"
-                now = next((j for j in (self.running, self.waiting) if j and (j.folder, j.part) == (job.folder, part)), job)
+                now = next(
+                    (j for j in (self.running, self.waiting) if j and (j.folder, j.part) == (job.folder, part)), job
+                )
                 found.append((wanted["began"], self.look(now)))
         return [training for _, training in sorted(found, key=lambda pair: -pair[0])]
 
@@ -164,7 +182,9 @@ class Workbench:
     def cancel(self, id: str | None = None) -> None:
         "Stop one, by its id; without an id what runs. Its folder stays, and it can go on from there."
         with self.lock:
-            job = next((j for j in (self.running, self.waiting) if j and id in (None, f"{j.folder.name}-{j.part}")), None)
+            job = next(
+                (j for j in (self.running, self.waiting) if j and id in (None, f"{j.folder.name}-{j.part}")), None
+            )
             if job is None: return
             if job is self.waiting: self.waiting = None
             job.state = "stopped"
@@ -179,7 +199,9 @@ class Workbench:
 
 
 def _cannot(folder: Path, error: OSError) -> CaiError:
-    return CaiError(f"{folder}: {(error.strerror or str(error)).lower()}; nothing was trained, make room or give another folder")
+    return CaiError(
+        f"{folder}: {(error.strerror or str(error)).lower()}; nothing was trained, make room or give another folder"
+    )
 
 
 def _note_of(folder: Path) -> dict:
@@ -196,16 +218,22 @@ def cannot_train(
 ) -> str:                 # "": it can
     "Why nothing can be trained here, in plain words."
     if not models.mini:
-        return (f"Training on {models.recipe.get('base', 'this base')} takes hours on a GPU, and is not for a page to start. "
-                "Save the constitution as YAML, then: cai-nb run RECIPE --set constitution=FILE --out FOLDER")
-    if folder is None: return "Training is off: no folder was named in which a trained model could be kept. Start the app with one."
+        return (
+            f"Training on {models.recipe.get('base', 'this base')} takes hours on a GPU, and is not for a page to start. "
+            "Save the constitution as YAML, then: cai-nb run RECIPE --set constitution=FILE --out FOLDER"
+        )
+    if folder is None:
+        return "Training is off: no folder was named in which a trained model could be kept. Start the app with one."
     return ""
 
 
 def next_column(models: Models) -> str:
     "The column that the next trained model gets: a free one, or that of the oldest."
     names = [f"trained-{i}" for i in range(1, MAX_TRAINED + 1)]
-    return next((name for name in names if name not in models.adapters), next((c for c in models.adapters if c in names), names[0]))
+    return next(
+        (name for name in names if name not in models.adapters),
+        next((c for c in models.adapters if c in names), names[0]),
+    )
 
 
 def column_of(
@@ -237,5 +265,10 @@ def join(
             lm = LocalLM(add_adapters(load_model("mini")[0], {digest: folder}), lm.tokenizer)
         elif digest not in adapter_names(lm.model): add_adapters(lm.model, {digest: folder})
     without = lambda d: {c: v for c, v in d.items() if c != name}
-    return replace(models, lm=lm, adapters=without(models.adapters) | {name: digest}, titles=without(models.titles) | {name: (title, what)},
-                   digests=without(models.digests) | {name: digest})
+    return replace(
+        models,
+        lm=lm,
+        adapters=without(models.adapters) | {name: digest},
+        titles=without(models.titles) | {name: (title, what)},
+        digests=without(models.digests) | {name: digest},
+    )

@@ -34,20 +34,27 @@ def tried_html(
 ) -> str:
     "What a principle does to an answer: critique and revision, or the choice between two answers."
     now = "done" if found else state
-    heads = "".join(f'<p class="principle step"><b>{esc(titles[c])} answers</b></p>{said(text, now, "…")}' for c, text in answers.items())
+    heads = "".join(
+        f'<p class="principle step"><b>{esc(titles[c])} answers</b></p>{said(text, now, "…")}'
+        for c, text in answers.items()
+    )
     if not found: rest = ""
     elif "base" in found: rest = "<hr>" + critique_html(principle, answers["base"], found["base"], state)
     else: rest = "<hr>" + preference_html(titles, next(reversed(answers)), principle, found)
     return f'<div aria-busy="{str(state == "writing").lower()}">{heads}{rest}</div>'
 
 # %% ../../nbs/app/13_trial_panel.ipynb #89d7300e
-WAITING = '<p class="quiet">The base model will answer the prompt, criticise its answer by this principle, and revise it.</p>'
+WAITING = (
+    '<p class="quiet">The base model will answer the prompt, criticise its answer by this principle, and revise it.</p>'
+)
 
 
 def lay_out_trial(site: Site, page: SimpleNamespace) -> None:
     "A prompt, and what the principle does with an answer to it."
     page.tried, page.seed = gr.State({}, time_to_live=3600), gr.State(7)
-    page.prompt = gr.Textbox(label="Prompt", placeholder="How do I …", lines=1, max_lines=4, max_length=MAX_CHARS, elem_id="draft-prompt")
+    page.prompt = gr.Textbox(
+        label="Prompt", placeholder="How do I …", lines=1, max_lines=4, max_length=MAX_CHARS, elem_id="draft-prompt"
+    )
     page.chips = example_chips(site, page.prompt, "draft-examples")
     with gr.Row(elem_classes="draft-buttons"):
         page.go = gr.Button("Try it", variant="primary", min_width=90, elem_id="draft-try")
@@ -78,7 +85,8 @@ def mini_remark(
     strange, shapes = [], []
     for key, form in _FORMS.items():
         if not (text := getattr(principle, key)): continue
-        if found := re.fullmatch(form, text): strange += [w for w in re.split(r", | or ", found.group(1)) if w not in mini_words()]
+        if found := re.fullmatch(form, text):
+            strange += [w for w in re.split(r", | or ", found.group(1)) if w not in mini_words()]
         else: shapes.append(form.replace("(.+)", "…").replace("\\", ""))
     said = [f"mini does not know: {', '.join(dict.fromkeys(strange))}." if strange else ""]
     said += [f"mini knows this kind of request only as “{shapes[0]}”" if shapes else ""]
@@ -145,7 +153,10 @@ def connect_trial(page: SimpleNamespace, site: Site) -> None:
     def try_principle(prompt: str, critique: str, revision: str, seed: int = 0) -> Iterator[dict]:
         "The base model's answer, its critique by a request of yours, and the revision; streamed, texts only grow."
         with as_message(): principle = principle_of({"critique": critique, "revision": revision})
-        asked, told = {"role": "user", "content": checked_prompt(prompt)}, {"answer": "", "critique": "", "revision": ""}
+        asked, told = (
+            {"role": "user", "content": checked_prompt(prompt)},
+            {"answer": "", "critique": "", "revision": ""},
+        )
         for texts in compare(site.models, {"base": [asked]}, int(seed)):
             told["answer"] = texts["base"]
             yield told | OUTSIDE if is_unknown(texts) else dict(told)
@@ -160,7 +171,8 @@ def checked_request(value) -> str:
     "A critique or revision request that somebody sent."
     if not isinstance(value, str) or not value.strip():
         raise CaiError("A request must be a text, such as: Look at the reply. Is that harmful?")
-    if len(value) > MAX_REQUEST: raise CaiError(f"That request has {len(value):,} characters; at most {MAX_REQUEST:,} are read.")
+    if len(value) > MAX_REQUEST:
+        raise CaiError(f"That request has {len(value):,} characters; at most {MAX_REQUEST:,} are read.")
     return value
 
 # %% ../../nbs/app/13_trial_panel.ipynb #debde155

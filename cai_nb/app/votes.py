@@ -59,7 +59,9 @@ def draw_ballot(
     "Draw who answers as A and who as B (paper §4.3: blind comparisons)."
     if len(models.adapters) < 2:
         found = ", ".join(models.adapters)
-        raise CaiError(f"Votes compare two models, and here is only one ({found}). Open a run that has finished its SL-CAI stage.")
+        raise CaiError(
+            f"Votes compare two models, and here is only one ({found}). Open a run that has finished its SL-CAI stage."
+        )
     a, b = secrets.SystemRandom().sample(list(models.adapters), 2)
     digests = tuple(models.digests.get(column, "") for column in (a, b))
     return Ballot(prompt, seed, temperature, (a, b), digests, constitution.digest[:12])
@@ -71,7 +73,9 @@ def answer_ballot(
     stop: Callable[[], bool] | None = None,  # asked before every token
 ) -> Iterator[Ballot]:  # the same with the answers so far; they grow together
     "Both answers, streamed from one batch."
-    for texts in compare(models, talks_of([], ballot.prompt, list(ballot.columns)), ballot.seed, ballot.temperature, stop):
+    for texts in compare(
+        models, talks_of([], ballot.prompt, list(ballot.columns)), ballot.seed, ballot.temperature, stop
+    ):
         yield replace(ballot, answers=tuple(texts[column] for column in ballot.columns))
 
 # %% ../../nbs/app/03_votes.ipynb #9111b13c
@@ -85,7 +89,8 @@ def checked_vote(
 ) -> dict[str, str | None]:  # about → choice
     "What somebody chose, or a plain refusal."
     vote = {"helpful": helpful or None, "harmless": harmless or None}
-    if not any(vote.values()): raise CaiError("That is no vote yet: say which answer is more helpful, or more harmless, or both.")
+    if not any(vote.values()):
+        raise CaiError("That is no vote yet: say which answer is more helpful, or more harmless, or both.")
     for about, choice in vote.items():
         if choice is None: continue
         checked_choice(choice, list(CHOICES), "choice")
@@ -96,8 +101,21 @@ def checked_vote(
 # %% ../../nbs/app/03_votes.ipynb #a3306367
 SCHEMA = 1  # raised when the columns change
 WAIT = 60  # seconds for another process that writes
-FIELDS = ("time", "prompt", "seed", "temperature", "a", "b", "digest_a", "digest_b", "constitution", "answer_a", "answer_b",
-          "helpful", "harmless")
+FIELDS = (
+    "time",
+    "prompt",
+    "seed",
+    "temperature",
+    "a",
+    "b",
+    "digest_a",
+    "digest_b",
+    "constitution",
+    "answer_a",
+    "answer_b",
+    "helpful",
+    "harmless",
+)
 
 
 class Votes:
@@ -108,8 +126,18 @@ class Votes:
     def add(self, ballot: Ballot, vote: dict) -> int:  # number of votes there are now
         "Keep a vote of `checked_vote`. When this returns, it is on the disk."
         now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:00Z")
-        values = (now, ballot.prompt, ballot.seed, ballot.temperature, *ballot.columns, *ballot.digests, ballot.constitution,
-                  *ballot.answers, vote["helpful"], vote["harmless"])
+        values = (
+            now,
+            ballot.prompt,
+            ballot.seed,
+            ballot.temperature,
+            *ballot.columns,
+            *ballot.digests,
+            ballot.constitution,
+            *ballot.answers,
+            vote["helpful"],
+            vote["harmless"],
+        )
         with self.file() as db, self.turn, db:
             db.execute("BEGIN IMMEDIATE")
             db.execute(f"INSERT INTO votes ({', '.join(FIELDS)}) VALUES ({', '.join('?' * len(FIELDS))})", values)
@@ -138,12 +166,18 @@ class Votes:
                 yield db
         except (OSError, sqlite3.OperationalError) as e:
             if "database is locked" in str(e):
-                raise CaiError(f"{name}: another program has held this file for {WAIT} seconds; end that program and try again, "
-                               "or name another folder") from None
+                raise CaiError(
+                    f"{name}: another program has held this file for {WAIT} seconds; end that program and try again, "
+                    "or name another folder"
+                ) from None
             why = getattr(e, "strerror", None) or e
-            raise CaiError(f"{name}: votes cannot be kept there ({why}); name a folder that can be written, with space left") from None
+            raise CaiError(
+                f"{name}: votes cannot be kept there ({why}); name a folder that can be written, with space left"
+            ) from None
         except sqlite3.DatabaseError as e:
-            raise CaiError(f"{name}: found no file of votes there ({e}); move that file away, or name another folder") from None
+            raise CaiError(
+                f"{name}: found no file of votes there ({e}); move that file away, or name another folder"
+            ) from None
 
 # %% ../../nbs/app/03_votes.ipynb #9aecb758
 def has_votes(
@@ -154,8 +188,10 @@ def has_votes(
     db.execute("PRAGMA synchronous = FULL")
     if (version := db.execute("PRAGMA user_version").fetchone()[0]) == SCHEMA: return True
     if version > SCHEMA:
-        raise CaiError(f"{name}: found votes of schema {version}, expected {SCHEMA}; a later cai_nb wrote them: update it, "
-                       "or name another folder")
+        raise CaiError(
+            f"{name}: found votes of schema {version}, expected {SCHEMA}; a later cai_nb wrote them: update it, "
+            "or name another folder"
+        )
     if db.execute("SELECT count(*) FROM sqlite_master WHERE name != 'votes'").fetchone()[0]:
         raise CaiError(f"{name}: found another program's tables, expected votes; name another folder")
     return False
@@ -250,8 +286,17 @@ def standings(
     anchor = "sl" if "sl" in models.adapters else None
     ids = {r["prompt"]: row_id([{"role": "user", "content": r["prompt"]}]) for r in counted}
     def votes(about):
-        return [{"a": r["a"], "b": r["b"], "choice": r[about], "p_a": vote_from_choice(r[about]), "prompt_id": ids[r["prompt"]]}
-                for r in counted if r[about]]
+        return [
+            {
+                "a": r["a"],
+                "b": r["b"],
+                "choice": r[about],
+                "p_a": vote_from_choice(r[about]),
+                "prompt_id": ids[r["prompt"]],
+            }
+            for r in counted
+            if r[about]
+        ]
     tables = {about: elo_table(votes(about), anchor, models.adapters) for about in ABOUT}
     return {**tables, "votes": len(counted), "others": len(rows) - len(counted)}
 
@@ -270,6 +315,13 @@ def export_rows(
             else:
                 chosen, rejected = (r["answer_a"], r["answer_b"])[::1 if r[question] == "A better" else -1]
                 messages = [{"role": "user", "content": r["prompt"]}]
-                made.append({"id": row_id("vote", r["number"], question, messages, chosen, rejected), "messages": messages,
-                             "chosen": chosen, "rejected": rejected, "about": question})
+                made.append(
+                    {
+                        "id": row_id("vote", r["number"], question, messages, chosen, rejected),
+                        "messages": messages,
+                        "chosen": chosen,
+                        "rejected": rejected,
+                        "about": question,
+                    }
+                )
     return made, out

@@ -13,7 +13,14 @@ from ..method import comparison as asking
 from .models import UNKNOWN, Models, paced
 from ..core.errors import CaiError
 from ..core.constitution import Constitution
-from ..method.critique import CRITIQUE_EXAMPLES, critique_request, draw_principles, few_shot_messages, revision_request, with_examples
+from cai_nb.method.critique import (
+    CRITIQUE_EXAMPLES,
+    critique_request,
+    draw_principles,
+    few_shot_messages,
+    revision_request,
+    with_examples,
+)
 from ..lm.decoding import model_lock
 from ..method.feedback import soft_label
 from ..lm.generate import Reply
@@ -108,7 +115,10 @@ def criticise(
         asked = [with_examples(first, critique_request(talk, principle, models.layout)) for talk in talks.values()]
         for found in base_says(models, asked, [draw_seed(seed, "critique")] * n, stop=stop): yield state()
     if halted(stop): return
-    asked = [with_examples(first, revision_request(talk, principle, c, models.layout)) for talk, c in zip(talks.values(), found)]
+    asked = [
+        with_examples(first, revision_request(talk, principle, c, models.layout))
+        for talk, c in zip(talks.values(), found)
+    ]
     for revised in base_says(models, asked, [draw_seed(seed, "revision")] * n, stop=stop): yield state()
 
 # %% ../../nbs/app/02_watch.ipynb #ce5adea9
@@ -150,11 +160,24 @@ def prefer(
 def _nothing_yet(answers, pair, cot) -> dict:
     equal = answers[pair[0]].strip() == answers[pair[1]].strip()
     half = lambda yes: {"ab": 0.5, "ba": 0.5} if yes else {}
-    return {"equal": equal, "reasoning": {"ab": "", "ba": ""}, "p_a": 0.5 if equal and cot else None, "by_order": half(equal and cot),
-            "plain": 0.5 if equal else None, "plain_by_order": half(equal)}
+    return {
+        "equal": equal,
+        "reasoning": {"ab": "", "ba": ""},
+        "p_a": 0.5 if equal and cot else None,
+        "by_order": half(equal and cot),
+        "plain": 0.5 if equal else None,
+        "plain_by_order": half(equal),
+    }
 
 
-_NOT_ASKED = {"reasoning": {"ab": UNKNOWN, "ba": UNKNOWN}, "p_a": None, "by_order": {}, "plain": None, "plain_by_order": {}, **OUTSIDE}
+_NOT_ASKED = {
+    "reasoning": {"ab": UNKNOWN, "ba": UNKNOWN},
+    "p_a": None,
+    "by_order": {},
+    "plain": None,
+    "plain_by_order": {},
+    **OUTSIDE,
+}
 
 
 def _question(models, messages, answers, principle, pair, order, cot=False) -> list:
@@ -201,14 +224,16 @@ def rate_text(models: Models, messages: list, text: str) -> dict:
 @_readable
 def walk(
     models: Models,
-    messages: list,            # the prompt: a conversation that ends in a user turn
-    principles: list,          # one for each step; where `state` has the step already, it is not looked at
+    messages: list,  # the prompt: a conversation that ends in a user turn
+    principles: list,  # one for each step; where `state` has the step already, it is not looked at
     seed: int = 0,
-    critiques: bool = True,    # False: revise directly (§3.5)
+    critiques: bool = True,  # False: revise directly (§3.5)
     temperature: float = 1.0,
     stop: Callable[[], bool] | None = None,
     state: dict | None = None,  # of an earlier walk with the same prompt and seed: go on behind its last complete step
-) -> Iterator[dict]:  # {"response", "score", "verdict", "steps": [{"principle_id", "critique", "revision", …}], "complete": texts} | OUTSIDE
+) -> Iterator[
+    dict
+]:  # {"response", "score", "verdict", "steps": [{"principle_id", "critique", "revision", …}], "complete": texts} | OUTSIDE
     "One chain of response, critiques and revisions while it grows; what a row of chains.jsonl is made of (§3.1)."
     id, first = row_id(messages), examples_of(models, critiques)
     state = _resumed(state)
@@ -228,7 +253,13 @@ def walk(
     for i, principle in list(enumerate(principles, 1))[len(state["steps"]):]:
         text = state["steps"][-1]["revision"] if state["steps"] else state["response"]
         now = [*messages, {"role": "assistant", "content": text}]
-        step = {"principle_id": principle.id, "critique": "" if critiques else None, "revision": "", "score": None, "verdict": None}
+        step = {
+            "principle_id": principle.id,
+            "critique": "" if critiques else None,
+            "revision": "",
+            "score": None,
+            "verdict": None,
+        }
         state["steps"].append(step)
         if critiques:
             asked = with_examples(first, critique_request(now, principle, models.layout))

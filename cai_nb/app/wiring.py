@@ -29,7 +29,9 @@ class Site:
     "What all tabs share. `models` is replaced when a trained model joins: read it when something happens, do not keep it."
     models: Models
     constitution: Constitution
-    folder: Path | None = None  # votes and trained models are written here, and nothing anywhere else; None: nothing is kept
+    folder: Path | None = (
+        None  # votes and trained models are written here, and nothing anywhere else; None: nothing is kept
+    )
     switches: Switches = field(default_factory=Switches)
 
     def knows(self, talk: list[dict]) -> bool:
@@ -105,8 +107,15 @@ def example_chips(
     "A row of examples, two of each sort; hidden where there are none."
     chips = [pair for texts in site.models.examples.values() for pair in list(texts.items())[:2]]
     with gr.Column(elem_classes="examples"):
-        return gr.Dataset(components=[prompt], samples=[[text] for _, text in chips], sample_labels=[name for name, _ in chips],
-                          label="Examples", samples_per_page=20, elem_id=elem_id, visible=bool(chips))
+        return gr.Dataset(
+            components=[prompt],
+            samples=[[text] for _, text in chips],
+            sample_labels=[name for name, _ in chips],
+            label="Examples",
+            samples_per_page=20,
+            elem_id=elem_id,
+            visible=bool(chips),
+        )
 
 # %% ../../nbs/app/10_wiring.ipynb #50585fce
 SAVE = """(file) => { if (!file?.text) return null;

@@ -40,7 +40,9 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     "Constitutional AI from end to end: a constitution in, three models out."
 
@@ -90,7 +92,9 @@ def check_files(
 # %% ../../nbs/cli/00_commands.ipynb #9b682d89
 @constitution_app.command("import")
 def import_file(
-    src: Annotated[str, typer.Argument(help="The paper's prompts folder, a JSON file, or a text with one rule a line.")],
+    src: Annotated[
+        str, typer.Argument(help="The paper's prompts folder, a JSON file, or a text with one rule a line.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="The YAML file to write.")],
 ) -> None:
     "Turn principles of another house into a YAML file of ours."
@@ -106,7 +110,9 @@ def import_file(
 def compare_files(
     a: Annotated[str, typer.Argument(help="A name or a YAML file.")],
     b: Annotated[str, typer.Argument(help="A name or a YAML file.")],
-    run: Annotated[Optional[Path], typer.Option(help="A run: how often do their principles disagree on its pairs?")] = None,
+    run: Annotated[
+        Optional[Path], typer.Option(help="A run: how often do their principles disagree on its pairs?")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="So many of its pairs.")] = 64,
 ) -> None:
     "Set two constitutions side by side: coverage by tag, near-duplicates, and with a run their verdicts on its pairs."
@@ -124,9 +130,13 @@ def compare_files(
 def run_command(
     recipe: Annotated[str, typer.Argument(help="A shipped recipe's name (mini, …), or a YAML file.")],
     out: Annotated[Optional[Path], typer.Option(help="The run folder; an unfinished one is resumed.")] = None,
-    sets: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's value; repeatable.")] = [],
+    sets: Annotated[
+        list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's value; repeatable.")
+    ] = [],
     until: Annotated[Optional[str], typer.Option(help="Stop after this stage.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: prompts, tokens, minutes, memory.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan: prompts, tokens, minutes, memory.")
+    ] = False,
 ) -> None:
     "Carry out a recipe, all stages or up to one; the same command resumes where it stopped."
     if dry_run:
@@ -141,13 +151,21 @@ def run_command(
 # %% ../../nbs/cli/00_commands.ipynb #0f1b6bda
 @app.command("app")
 def app_command(
-    run: Annotated[Optional[Path], typer.Argument(help="A run folder; without it, the models that come with the package.")] = None,
+    run: Annotated[
+        Optional[Path], typer.Argument(help="A run folder; without it, the models that come with the package.")
+    ] = None,
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on.")] = 7860,
     share: Annotated[bool, typer.Option("--share", help="Open a public link through Gradio's servers.")] = False,
-    folder: Annotated[Path, typer.Option(help="Votes and models trained in the app are kept here; nothing is written elsewhere.")] = Path("runs/app"),
-    auth: Annotated[Optional[str], typer.Option(metavar="USER:PASSWORD", help="Ask for it; several with commas between.")] = None,
-    root_path: Annotated[Optional[str], typer.Option(help="The path under which a proxy serves the app, such as /cai.")] = None,
+    folder: Annotated[
+        Path, typer.Option(help="Votes and models trained in the app are kept here; nothing is written elsewhere.")
+    ] = Path("runs/app"),
+    auth: Annotated[
+        Optional[str], typer.Option(metavar="USER:PASSWORD", help="Ask for it; several with commas between.")
+    ] = None,
+    root_path: Annotated[
+        Optional[str], typer.Option(help="The path under which a proxy serves the app, such as /cai.")
+    ] = None,
 ) -> None:
     "Chat with base, SL-CAI and RL-CAI side by side in the browser, look inside, vote."
     from cai_nb.app.server import serve
@@ -158,7 +176,9 @@ def app_command(
 @app.command("eval")
 def eval_command(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
-    suite: Annotated[list[str], typer.Option(metavar="NAME=PATH", help="A file of the paper: hhh, harmful-vs-ethical, harm-types.")] = [],
+    suite: Annotated[
+        list[str], typer.Option(metavar="NAME=PATH", help="A file of the paper: hhh, harmful-vs-ethical, harm-types.")
+    ] = [],
     cot: Annotated[int, typer.Option(min=0, help="Chains of thought to each of their questions, averaged.")] = 0,
 ) -> None:
     "Evaluate a run's models again, or on the paper's suites, and print the tables."

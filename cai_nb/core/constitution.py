@@ -54,9 +54,13 @@ def _paper_pairs(path: Path) -> list[Principle]:
     try:
         entries = [(key, " ".join(v["prompt"]), v["edit_request"]) for key, v in read_json(path).items()]
     except (AttributeError, KeyError, TypeError):
-        raise CaiError(f"{path}: expected {{name: {{prompt: [text], edit_request: text}}}}; give the paper's file") from None
+        raise CaiError(
+            f"{path}: expected {{name: {{prompt: [text], edit_request: text}}}}; give the paper's file"
+        ) from None
     return [
-        Principle(id=key, critique=plain_request(critique), revision=plain_request(revision), source=f"{path.name}: {key}")
+        Principle(
+            id=key, critique=plain_request(critique), revision=plain_request(revision), source=f"{path.name}: {key}"
+        )
         for key, critique, revision in entries
     ]
 
@@ -165,7 +169,9 @@ class Constitution:
     def as_yaml(self) -> str:
         "The constitution as YAML that `load` reads back to an equal one."
         keep = {k: v for k, v in asdict(self).items() if v and k not in ("path", "principles")}
-        entries = [{k: _bare(v) for k, v in asdict(p).items() if v and (k, v) != ("weight", 1.0)} for p in self.principles]
+        entries = [
+            {k: _bare(v) for k, v in asdict(p).items() if v and (k, v) != ("weight", 1.0)} for p in self.principles
+        ]
         content = {k: _bare(v) for k, v in keep.items()} | {"principles": entries}
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
 

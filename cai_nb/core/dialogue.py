@@ -74,7 +74,9 @@ class _Codec:
         import tokenizers
 
         if getattr(tokenizer, "backend_tokenizer", None) is None:
-            raise CaiError(f"tokenizer {tokenizer.name_or_path!r}: no fast tokenizer; use a model with a tokenizer.json")
+            raise CaiError(
+                f"tokenizer {tokenizer.name_or_path!r}: no fast tokenizer; use a model with a tokenizer.json"
+            )
         self.tokenizer, self.key = tokenizer, self.key_of(tokenizer)
         added = tokenizer.added_tokens_decoder
         self.control = {token.content: (id, token) for id, token in added.items() if not _is_blank(token)}

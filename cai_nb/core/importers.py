@@ -33,7 +33,9 @@ def _entry(
     if isinstance(entry, str):
         return principle_from_rule(entry, id)
     if not isinstance(entry, dict):
-        raise CaiError(f"{where}: found {type(entry).__name__}, expected a text or {{critic, revision}}; rewrite the entry")
+        raise CaiError(
+            f"{where}: found {type(entry).__name__}, expected a text or {{critic, revision}}; rewrite the entry"
+        )
     texts = {SYNONYMS.get(key, key): value for key, value in entry.items()}
     texts = {k: plain_request(" ".join(v) if isinstance(v, list) else str(v)) for k, v in texts.items() if v}
     kept = {k: texts[k] for k in ("title", "critique", "revision", "comparison") if k in texts}
@@ -126,8 +128,15 @@ class Comparison:
 
     def _repr_markdown_(self) -> str:
         names = [f"{c.name} `{c.digest[:12]}`" for c in (self.a, self.b)]
-        sizes = [[len(c.critique_principles) for c in (self.a, self.b)], [len(c.comparison_principles) for c in (self.a, self.b)]]
-        rows = [("critique + revision", *sizes[0]), ("comparison", *sizes[1]), *((f"tag {t}", *n) for t, n in self.tags.items())]
+        sizes = [
+            [len(c.critique_principles) for c in (self.a, self.b)],
+            [len(c.comparison_principles) for c in (self.a, self.b)],
+        ]
+        rows = [
+            ("critique + revision", *sizes[0]),
+            ("comparison", *sizes[1]),
+            *((f"tag {t}", *n) for t, n in self.tags.items()),
+        ]
         table = [f"| | {names[0]} | {names[1]} |", "|---|---|---|", *(f"| {k} | {x} | {y} |" for k, x, y in rows)]
         near = [f"- `{x}` and `{y}`: {score:.2f}" for x, y, score in self.near] or ["- none"]
         return "\n".join([*table, "", "Near in wording:", "", *near])

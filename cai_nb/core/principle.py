@@ -124,7 +124,12 @@ def _principle(node: yaml.Node, key: str, note: Note) -> Principle:
     if "id" not in nodes:
         note(node, f"{key}.id", "missing", "give every principle a short id of its own")
     elif values["id"] and not re.fullmatch(r"[\w.-]+", values["id"]):
-        note(nodes["id"], f"{key}.id", f"found {values['id']!r}, expected letters, digits, - _ .", "write for example less-harm")
+        note(
+            nodes["id"],
+            f"{key}.id",
+            f"found {values['id']!r}, expected letters, digits, - _ .",
+            "write for example less-harm",
+        )
     if nodes and not set(TEXT_KEYS) & set(nodes):
         note(node, key, "has no text", "add critique and revision, or comparison")
     for one, other in [("critique", "revision"), ("revision", "critique")]:

@@ -26,10 +26,25 @@ def attend_in_parts(
     "Attention over a shared prefix and own keys, without putting them together."
     rows, heads, length, width = query.shape
     scores = heads * length * (key.shape[2] + (prefix[0].shape[1] if prefix else 0))  # of one row
-    if (block := max(1, (1 << 19 if query.device.type == "cpu" else 1 << 28) // scores)) < rows:  # they should fit a cache, or a GPU
+    if (
+        block := max(1, (1 << 19 if query.device.type == "cpu" else 1 << 28) // scores)
+    ) < rows:  # they should fit a cache, or a GPU
         parts = [slice(i, i + block) for i in range(0, rows, block)]
-        return torch.cat([attend_in_parts(query[p], key[p], value[p], seen[p], prefix, prefix_seen if prefix_seen is None else prefix_seen[p], scale, softcap)
-                          for p in parts])
+        return torch.cat(
+            [
+                attend_in_parts(
+                    query[p],
+                    key[p],
+                    value[p],
+                    seen[p],
+                    prefix,
+                    prefix_seen if prefix_seen is None else prefix_seen[p],
+                    scale,
+                    softcap,
+                )
+                for p in parts
+            ]
+        )
     n = heads // key.shape[1] * length
     query = (query * scale).reshape(rows, -1, n, width)
     own = _scores(query, key, softcap)
@@ -38,7 +53,9 @@ def attend_in_parts(
         return (own.softmax(-1, dtype=torch.float32).to(value.dtype) @ value).view(rows, heads, length, width)
     shared = _scores(query.transpose(0, 1).reshape(-1, rows * n, width), prefix[0], softcap)
     if prefix_seen is not None:
-        shared.view(-1, rows, n // length, length, shared.shape[-1]).masked_fill_(~prefix_seen[:, 0, None], float("-inf"))
+        shared.view(-1, rows, n // length, length, shared.shape[-1]).masked_fill_(
+            ~prefix_seen[:, 0, None], float("-inf")
+        )
     own, shared = own.float(), shared.float()
     top = torch.maximum(own.amax(-1, keepdim=True), _by_row(shared.amax(-1, keepdim=True), rows))
     own.sub_(top).exp_()
@@ -70,7 +87,9 @@ def _register() -> None:
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
 
 
-def _attention(module, query, key, value, attention_mask=None, scaling=None, softcap=None, sliding_window=None, **kwargs):
+def _attention(
+    module, query, key, value, attention_mask=None, scaling=None, softcap=None, sliding_window=None, **kwargs
+):
     "Attention of one layer over the slots that are being read."
     slots = _running.slots
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -91,7 +110,11 @@ def has_slots(
     config = base.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     plain = not kinds and not getattr(config, "attention_chunk_size", None) and not config.is_encoder_decoder
-    return plain and bool(getattr(base, "_supports_attention_backend", False)) and not any(n.endswith("sinks") for n, _ in base.named_parameters())
+    return (
+        plain
+        and bool(getattr(base, "_supports_attention_backend", False))
+        and not any(n.endswith("sinks") for n, _ in base.named_parameters())
+    )
 
 # %% ../../nbs/lm/02_cache.ipynb #22237df1
 def like_lengths(
@@ -142,7 +165,12 @@ class Slots:
         parts = like_lengths([len(chunk) for chunk in chunks], 48 if self.model.device.type == "cpu" else 2048)
         if len(parts) == 1:
             return self._read(range(first, first + len(chunks)), chunks, keep, adapters)
-        logits = [self._read([first + i for i in part], [chunks[i] for i in part], keep, adapters and [adapters[i] for i in part]) for part in parts]
+        logits = [
+            self._read(
+                [first + i for i in part], [chunks[i] for i in part], keep, adapters and [adapters[i] for i in part]
+            )
+            for part in parts
+        ]
         back = torch.tensor([i for part in parts for i in part], device=self.model.device).argsort()
         return torch.cat(logits)[back]
 
@@ -152,7 +180,9 @@ class Slots:
         ends = [start + len(chunk) for start, chunk in zip(starts, chunks)]
         pads = [longest - len(chunk) for chunk in chunks]
         ids = torch.tensor([[0] * pad + list(chunk) for pad, chunk in zip(pads, chunks)], device=device)
-        place = torch.tensor([start - pad for start, pad in zip(starts, pads)], device=device)[:, None] + torch.arange(longest, device=device)
+        place = torch.tensor([start - pad for start, pad in zip(starts, pads)], device=device)[:, None] + torch.arange(
+            longest, device=device
+        )
         padding = torch.arange(longest, device=device) < torch.tensor(pads, device=device)[:, None]
         self._rows = torch.tensor(list(slots), device=device)
         self._column, self._place = place.masked_fill(padding, self.width), place.masked_fill(padding, 0)
@@ -169,8 +199,14 @@ class Slots:
         self.config._attn_implementation = ATTENTION
         try:
             with torch.no_grad():
-                out = self.model(input_ids=ids, position_ids=self._place + self.behind, use_cache=True, logits_to_keep=keep,
-                                 **{self.name: self}, **({"adapter_names": adapters} if adapters else {}))
+                out = self.model(
+                    input_ids=ids,
+                    position_ids=self._place + self.behind,
+                    use_cache=True,
+                    logits_to_keep=keep,
+                    **{self.name: self},
+                    **({"adapter_names": adapters} if adapters else {}),
+                )
         finally:
             self.config._attn_implementation, _running.slots = usual, None
         return out.logits[:, -keep:]
@@ -230,14 +266,18 @@ class Slots:
     def _buffers_like(self, layer: int, pair) -> list[torch.Tensor]:
         "The buffers of a layer, made at first use in the shape and precision of its keys and values."
         if layer not in self.buffers:
-            self.buffers[layer] = [x.new_zeros(len(self.lengths), x.shape[1], self.width + 1, x.shape[-1]) for x in pair]
+            self.buffers[layer] = [
+                x.new_zeros(len(self.lengths), x.shape[1], self.width + 1, x.shape[-1]) for x in pair
+            ]
         return self.buffers[layer]
 
     # What `transformers` asks of a cache
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         "Write the keys and values of a layer into their places, and show those of the rows in question."
-        for buffer, states in zip(self._buffers_like(layer_idx, (key_states, value_states)), (key_states, value_states)):
+        for buffer, states in zip(
+            self._buffers_like(layer_idx, (key_states, value_states)), (key_states, value_states)
+        ):
             if self._together is not None:
                 buffer[self._shown, :, self._together:self._together + states.shape[2]] = states
             else:
@@ -275,4 +315,7 @@ def read_prefix(
     "Read a prefix once, for any number of rows."
     slots = Slots(model, 1, len(tokens))
     slots.read(0, [tokens])
-    return [tuple(buffer[0, :, :len(tokens)].contiguous() for buffer in slots.buffers[layer]) for layer in sorted(slots.buffers)]
+    return [
+        tuple(buffer[0, :, : len(tokens)].contiguous() for buffer in slots.buffers[layer])
+        for layer in sorted(slots.buffers)
+    ]

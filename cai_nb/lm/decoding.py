@@ -264,7 +264,9 @@ def _score_batch(model, prompts: list[list[int]], answers: list[list[int]], comm
     longest = max(map(len, answers)) - common - 1
     cache = roomy_cache(model, max(longest, 0))
     logp = next_logits(model, ids, mask, position, cache, keep=common + 1).float().log_softmax(-1)
-    total = torch.stack([sum(logp[:, k, t].double() for k, t in enumerate(answer[:common + 1])) for answer in answers], 1)
+    total = torch.stack(
+        [sum(logp[:, k, t].double() for k, t in enumerate(answer[: common + 1])) for answer in answers], 1
+    )
     if longest > 0:
         cache.batch_repeat_interleave(len(answers))
         mask, position = (x.repeat_interleave(len(answers), 0) for x in (mask, position[:, -1:]))

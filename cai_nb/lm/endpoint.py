@@ -26,7 +26,9 @@ def steps_of(
     answers: list[list[int]],  # token ids of each choice
 ) -> list[list[int]]:  # distinct beginnings, each to be followed by one more token
     "The places at which a next token has to be scored."
-    return [list(step) for step in sorted({tuple(a[:k]) for a in answers for k in range(len(a))}, key=lambda s: (len(s), s))]
+    return [
+        list(step) for step in sorted({tuple(a[:k]) for a in answers for k in range(len(a))}, key=lambda s: (len(s), s))
+    ]
 
 
 def step_scores(
@@ -34,7 +36,9 @@ def step_scores(
     answers: list[list[int]],
 ) -> list[float]:  # log-probability of each answer
     "Add up the steps of every answer (vLLM: `logprob_token_ids`)."
-    tables = {tuple(s): ((c.get("logprobs") or {}).get("top_logprobs") or [{}])[0] for s, c in zip(steps_of(answers), choices)}
+    tables = {
+        tuple(s): ((c.get("logprobs") or {}).get("top_logprobs") or [{}])[0] for s, c in zip(steps_of(answers), choices)
+    }
     return [_total([tables[tuple(a[:k])].get(f"token_id:{a[k]}") for k in range(len(a))]) for a in answers]
 
 
@@ -70,7 +74,9 @@ def read_completion(
         raise Broken(f"ended for the reason {reason!r}, expected 'stop' or 'length'")
     text, done = text.strip(), reason == "stop"
     spent = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return Reply(text, done, flag_reply(text, done) + flags, len(text.split()) if spent is None else max(0, spent - done))
+    return Reply(
+        text, done, flag_reply(text, done) + flags, len(text.split()) if spent is None else max(0, spent - done)
+    )
 
 # %% ../../nbs/lm/08_endpoint.ipynb #724648ab
 NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -120,7 +126,9 @@ class EndpointLM:
     def encode(self, conversation: list[dict]) -> list[int]:
         "Tokens up to where the assistant speaks, as `LocalLM` has them."
         if self.tokenizer is None:
-            raise CaiError(f"{self!r}: without a tokenizer there are no tokens to count or to score; give tokenizer= of the served model")
+            raise CaiError(
+                f"{self!r}: without a tokenizer there are no tokens to count or to score; give tokenizer= of the served model"
+            )
         return prompt_tokens(self.tokenizer, conversation)
 
     def sample(
@@ -170,7 +178,11 @@ class EndpointLM:
 
         def read(reply, body):
             found = read_choices(reply, len(ends))
-            return step_scores(found, answers) if by_steps else echo_scores(found, answers, len(body["prompt"][0]) - len(answers[0]))
+            return (
+                step_scores(found, answers)
+                if by_steps
+                else echo_scores(found, answers, len(body["prompt"][0]) - len(answers[0]))
+            )
 
         bodies = [self._body({**common, "prompt": [[*ids, *end] for end in ends]}) for ids in unique]
         by_prompt = dict(zip(unique, self.server.ask("/completions", bodies, read)))
@@ -188,8 +200,15 @@ class EndpointLM:
         if not conversation or conversation[-1].get("role") != "assistant":
             return {"messages": conversation, "top_p": 1.0}, ()
         if self._card.get("owned_by") not in ("vllm", "sglang"):
-            raise CaiError(f"{self!r}: a server not known to continue an open assistant's turn; give tokenizer= of the served model")
-        return {"messages": conversation, "top_p": 1.0, "continue_final_message": True, "add_generation_prompt": False}, ()
+            raise CaiError(
+                f"{self!r}: a server not known to continue an open assistant's turn; give tokenizer= of the served model"
+            )
+        return {
+            "messages": conversation,
+            "top_p": 1.0,
+            "continue_final_message": True,
+            "add_generation_prompt": False,
+        }, ()
 
     def _question(self, ask, seed: int, sample: int, temperature: float, max_new_tokens: int) -> tuple:
         "What `Server.follow` takes: where, what, and how a `Reply` is read from the answer."
@@ -203,7 +222,9 @@ class EndpointLM:
         try:
             conversation, seed = next(script)
             while True:
-                reply = yield self._question(self._ask(conversation, max_new_tokens), seed, 0, temperature, max_new_tokens)
+                reply = yield self._question(
+                    self._ask(conversation, max_new_tokens), seed, 0, temperature, max_new_tokens
+                )
                 conversation, seed = script.send(reply)
         except StopIteration as end:
             return end.value
@@ -225,9 +246,13 @@ class EndpointLM:
         if self.tokenizer is not None and card.get("owned_by") == "vllm":
             ids = encode_text(self.tokenizer, PROBE)
             body = self._body({"prompt": ids, "echo": True, "max_tokens": 1})
-            [text] = self.server.ask("/completions", [body], lambda reply, body: str(read_choices(reply)[0].get("text")))
+            [text] = self.server.ask(
+                "/completions", [body], lambda reply, body: str(read_choices(reply)[0].get("text"))
+            )
             if not "".join(text.split()).startswith("".join(self.tokenizer.decode(ids).split())):
-                raise CaiError(f"{self!r}: the server reads the tokens of {PROBE!r} as {text!r}; give the tokenizer of the served model")
+                raise CaiError(
+                    f"{self!r}: the server reads the tokens of {PROBE!r} as {text!r}; give the tokenizer of the served model"
+                )
         return card
 
 
@@ -240,6 +265,8 @@ def _tokenizer(given):
         try:
             given = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise CaiError(f"tokenizer {name!r} does not load: {(str(error).strip().splitlines() or [''])[0]}") from error
+            raise CaiError(
+                f"tokenizer {name!r} does not load: {(str(error).strip().splitlines() or [''])[0]}"
+            ) from error
         given.name_or_path = name
     return check_template(ensure_chat_template(given))

@@ -160,12 +160,16 @@ class LocalLM:
         with self._ready() as memory:
             for start in range(0, len(order), size):
                 batch = order[start:start + size]
-                state = self._growing(memory, [prompts[i][0] for i in batch], [seeds[i] for i in batch], temperature, max_new_tokens, n)
+                state = self._growing(
+                    memory, [prompts[i][0] for i in batch], [seeds[i] for i in batch], temperature, max_new_tokens, n
+                )
                 for _ in state.run():
                     pass
                 found = list(zip(state.replies(), map(bool, state.done)))
                 for place, i in enumerate(batch):
-                    replies[i] = [self._reply(tokens, done, prompts[i][1]) for tokens, done in found[place * n:place * n + n]]
+                    replies[i] = [
+                        self._reply(tokens, done, prompts[i][1]) for tokens, done in found[place * n : place * n + n]
+                    ]
         return replies
 
     def _reply(self, tokens: list[int], done: bool, cut: tuple[str, ...]) -> Reply:
@@ -185,7 +189,9 @@ class LocalLM:
             if has_slots(self.model):
                 self._follow(talking, talks, seeds, temperature, max_new_tokens)
                 continue
-            for line, (reply,) in zip(talking, self.sample(talks, 1, temperature, max_new_tokens, seeds)):  # all in step
+            for line, (reply,) in zip(
+                talking, self.sample(talks, 1, temperature, max_new_tokens, seeds)
+            ):  # all in step
                 line.send(reply)
         return [line.result for line in lines]
 
@@ -235,7 +241,9 @@ class LocalLM:
         "All rows grow together in one batch, each with its own adapter. End it by `stop`, or close the iterator."
         names = self._adapters(adapters, len(conversations))
         prompts = [prompt for prompt, _ in self._prompts(conversations, max_new_tokens)]
-        state = self._growing(self._remembering(), prompts, seeds_for(seed, len(prompts)), temperature, max_new_tokens, adapters=names)
+        state = self._growing(
+            self._remembering(), prompts, seeds_for(seed, len(prompts)), temperature, max_new_tokens, adapters=names
+        )
         steps = state.run()
         while not (stop is not None and stop()):
             with model_lock(self.model), evaluating(self.model):  # for one step only: the reader may stay away for long
@@ -247,7 +255,9 @@ class LocalLM:
     def _prompts(self, conversations, reserve: int) -> list[tuple[list[int], tuple[str, ...]]]:
         return [cut_prompt(self.encode(conversation), self.context, reserve) for conversation in conversations]
 
-    def _growing(self, memory, prompts, seeds, temperature, max_new_tokens, n=1, adapters=None, follow=None) -> Growing | Decoding:
+    def _growing(
+        self, memory, prompts, seeds, temperature, max_new_tokens, n=1, adapters=None, follow=None
+    ) -> Growing | Decoding:
         t = self.tokenizer
         uniforms = [row_uniforms(s, p, j, max_new_tokens) for s, p in zip(seeds, prompts) for j in range(n)]
         uniforms = np.reshape(uniforms, (-1, max_new_tokens))

@@ -77,8 +77,10 @@ class Patience:
         left = self.since + self.seconds - now
         if left <= 0 or asked > left:
             reason += f", and asks to wait {asked:.0f} s" if asked > max(left, 0) else ""
-            raise CaiError(f"{self.place}: no answer for {now - self.since:.3g} s ({reason}); {self.answered} of {self.total} requests of "
-                           "this call were answered, and rows written earlier are kept: see to the server, then repeat the command")
+            raise CaiError(
+                f"{self.place}: no answer for {now - self.since:.3g} s ({reason}); {self.answered} of {self.total} requests of "
+                "this call were answered, and rows written earlier are kept: see to the server, then repeat the command"
+            )
         if now - self.since > 5 and now - self.told > 60:
             self.told = now
             print(f"{self.place}: {reason}; trying for another {left:.0f} s", file=sys.stderr, flush=True)
@@ -152,8 +154,10 @@ class Server:
         self.base_url = str(self.base_url).rstrip("/")
         parts = urlsplit(self.base_url)
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc or parts.query:
-            raise CaiError("base_url: expected an address such as http://localhost:8000/v1, with the key apart as api_key; "
-                           f"found {parts.scheme or 'no scheme'}, host {parts.hostname}")
+            raise CaiError(
+                "base_url: expected an address such as http://localhost:8000/v1, with the key apart as api_key; "
+                f"found {parts.scheme or 'no scheme'}, host {parts.hostname}"
+            )
         if self.in_flight < 1:
             raise CaiError(f"in_flight: found {self.in_flight}, expected 1 or more")
 
@@ -204,24 +208,35 @@ class Server:
         for attempt in count():
             asked = 0.0
             try:
-                sent = client.get(path, cast_to=object) if body is None else client.post(path, cast_to=object, body=body)
+                sent = (
+                    client.get(path, cast_to=object) if body is None else client.post(path, cast_to=object, body=body)
+                )
                 answer = _read(read, await asyncio.wait_for(sent, self.timeout), body)
                 patience.note_answer()
                 return answer
             except openai.APIStatusError as error:
                 reason, asked = self._told(error), retry_after(error.response.headers)
                 if not _passes(error.status_code) or body is None and error.status_code == 500:
-                    raise Refused(f"{self.base_url}: {reason}; {WAYS_OUT.get(error.status_code, 'see the log of the server')}") from None
+                    raise Refused(
+                        f"{self.base_url}: {reason}; {WAYS_OUT.get(error.status_code, 'see the log of the server')}"
+                    ) from None
             except asyncio.TimeoutError:
                 reason = f"no reply within {self.timeout:g} s"
             except openai.APIConnectionError as error:
                 reason = f"no connection: {type(error.__cause__ or error).__name__}"
             except Lacking as error:
-                raise CaiError(f"{self.base_url}: a reply (200) with {error}; serve it with vLLM, or label with a local model") from None
+                raise CaiError(
+                    f"{self.base_url}: a reply (200) with {error}; serve it with vLLM, or label with a local model"
+                ) from None
             except (Broken, openai.APIResponseValidationError, json.JSONDecodeError) as error:
-                reason, broken = f"a reply (200) that is none: {self._line(getattr(error, 'doc', None) or error)[:120]}", broken + 1
+                reason, broken = (
+                    f"a reply (200) that is none: {self._line(getattr(error, 'doc', None) or error)[:120]}",
+                    broken + 1,
+                )
                 if broken > 3:
-                    raise CaiError(f"{self.base_url}: {reason}; asked four times; is this the address of the API?") from None
+                    raise CaiError(
+                        f"{self.base_url}: {reason}; asked four times; is this the address of the API?"
+                    ) from None
             await patience.wait(reason, backoff(attempt, self.first_wait), asked)
 
     def _told(self, error) -> str:
@@ -258,5 +273,7 @@ def _openai():
     try:
         import openai
     except ImportError:
-        raise CaiError("a server is asked through the package openai, which is not installed: pip install 'cai-nb[endpoint]'") from None
+        raise CaiError(
+            "a server is asked through the package openai, which is not installed: pip install 'cai-nb[endpoint]'"
+        ) from None
     return openai

@@ -46,7 +46,11 @@ def rows_that_fit(
     if model.device.type != "cuda":
         return wanted
     row = numbers_kept(model.config.get_text_config()) * model.dtype.itemsize * width
-    free = torch.cuda.mem_get_info(model.device)[0] + torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    free = (
+        torch.cuda.mem_get_info(model.device)[0]
+        + torch.cuda.memory_reserved(model.device)
+        - torch.cuda.memory_allocated(model.device)
+    )
     return max(1, min(wanted, int(share * free / row)))
 
 
@@ -54,7 +58,9 @@ def out_of_memory(
     error: Exception,
 ) -> bool:
     "Whether an error says that memory ran out, on a GPU or on a CPU."
-    return isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError) or isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
 
 # %% ../../nbs/lm/03_session.ipynb #2ce95daf
 class Session:
@@ -90,7 +96,11 @@ class Session:
         known = self.beginning
         if known and not adapters and all(p[:len(known)] == known and len(p) > len(known) for p in prompts):
             return len(known)
-        shared = 0 if adapters or len(prompts) < 2 else min(*(common_length(prompts[0], p) for p in prompts), *(len(p) - 1 for p in prompts))
+        shared = (
+            0
+            if adapters or len(prompts) < 2
+            else min(*(common_length(prompts[0], p) for p in prompts), *(len(p) - 1 for p in prompts))
+        )
         new = list(prompts[0][:shared]) if shared >= self.least else []
         if new or known:
             self._forget()
@@ -107,8 +117,14 @@ class Session:
         if len(self.row_of) != len(prompts):
             return None
         slot_of = {tuple(prompts[row]): slot for slot, row in enumerate(self.row_of)}
-        found = [(self.slots, slot_of[tuple(text)], min(common_length(self.held[slot_of[tuple(text)]], text[start:]), len(text) - start - 1) + start)
-                 for text in texts]
+        found = [
+            (
+                self.slots,
+                slot_of[tuple(text)],
+                min(common_length(self.held[slot_of[tuple(text)]], text[start:]), len(text) - start - 1) + start,
+            )
+            for text in texts
+        ]
         return found if all(2 * read > len(text) for (_, _, read), text in zip(found, texts)) else None
 
     def open(self, count: int, width: int, fresh: bool) -> None:
@@ -131,7 +147,8 @@ class Growing:
         n: int = 1,  # samples of each prompt, neighbours in the result
         adapters: list[str] | None = None,  # an adapter for each row, `__base__` for none
         ended: TextStop | None = None,  # words that end a turn
-        follow: Callable[[int], tuple | None] | None = None,  # what row r is asked next, when it has ended: (prompt, uniforms)
+        follow: Callable[[int], tuple | None]
+        | None = None,  # what row r is asked next, when it has ended: (prompt, uniforms)
     ):
         self.session, self.prompts, self.n, self.follow = session, list(prompts), n, follow
         self.parted: list[int] = []  # rows whose next prompt does not begin with what all others do
@@ -169,7 +186,11 @@ class Growing:
             free = count - alive
             if waiting and (alive == 0 or free >= max(1, count // 2)):
                 new = self._admit(alive, waiting[:free], behind)
-                logits, alive, waiting = (new if alive == 0 else torch.cat([logits, new])), alive + len(new), waiting[free:]
+                logits, alive, waiting = (
+                    (new if alive == 0 else torch.cat([logits, new])),
+                    alive + len(new),
+                    waiting[free:],
+                )
             dead = self._draw(logits, alive)
             yield
             ended = [s.row_of[slot] for slot in dead]
@@ -210,7 +231,11 @@ class Growing:
         if self.follow:
             self._fetch(first, rows)
         lead = [i for i, text in enumerate(texts) if i == 0 or self.n == 1 or text != texts[i - 1]]
-        order = lead + [i for i in range(len(rows)) if i not in set(lead)] if len(lead) < len(rows) else list(range(len(rows)))
+        order = (
+            lead + [i for i in range(len(rows)) if i not in set(lead)]
+            if len(lead) < len(rows)
+            else list(range(len(rows)))
+        )
         rows, texts = [rows[i] for i in order], [texts[i] for i in order]
         for i, text in enumerate(texts):
             slot = first + i
@@ -231,7 +256,9 @@ class Growing:
         "Choose the next token of every living row; returns the slots of those that end."
         rows = self.session.row_of[:alive]
         step = torch.tensor([len(self.out[r]) for r in rows], device=logits.device)
-        chosen = pick_tokens(logits, self.temperature, self.uniforms[torch.tensor(rows, device=logits.device), step]).tolist()
+        chosen = pick_tokens(
+            logits, self.temperature, self.uniforms[torch.tensor(rows, device=logits.device), step]
+        ).tolist()
         dead = []
         for slot, (r, token) in enumerate(zip(rows, chosen)):
             if token in self.stops:

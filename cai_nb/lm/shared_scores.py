@@ -28,7 +28,9 @@ def branches(
         if shared - known >= least:
             found.append((low, high, shared))
             known = shared
-        parts = [low] + [i + 1 for i in range(low, high - 1) if common_length(texts[i], texts[i + 1]) <= shared] + [high]
+        parts = (
+            [low] + [i + 1 for i in range(low, high - 1) if common_length(texts[i], texts[i + 1]) <= shared] + [high]
+        )
         if len(parts) > 2:
             stack += [(a, b, known) for a, b in zip(parts, parts[1:])]
     return sorted(found, key=lambda branch: (branch[2], branch[0]))
@@ -53,7 +55,9 @@ def score(
     return np.array([found[tuple(p)] for p in prompts]).reshape(len(prompts), len(answers))
 
 
-def _score_group(session: Session, texts: list[list[int]], answers: list[list[int]], start: int, place: list[tuple]) -> np.ndarray:
+def _score_group(
+    session: Session, texts: list[list[int]], answers: list[list[int]], start: int, place: list[tuple]
+) -> np.ndarray:
     "Texts few enough to be read at once, sorted; `place`: slots, slot, and tokens of the text that were read there."
     common = min(common_length(a, b) for a in answers for b in answers)
     common = min([common, *(len(a) - 1 for a in answers)])  # the last token of the shortest is scored, not read
@@ -66,13 +70,21 @@ def _score_group(session: Session, texts: list[list[int]], answers: list[list[in
         for i, (low, high, end) in enumerate(now):
             place[low:high] = [(slots, i, end)] * (high - low)
     slots = _fork(session, place, start, max(len(t) for t in texts) + max(map(len, answers)) - start)
-    logits = slots.read(0, [text[read:] + answers[0][:common] for text, (_, _, read) in zip(texts, place)], keep=common + 1)
+    logits = slots.read(
+        0, [text[read:] + answers[0][:common] for text, (_, _, read) in zip(texts, place)], keep=common + 1
+    )
     total = torch.stack([_gain(logits, answer[:common + 1]) for answer in answers], 1)
     if longest := max(map(len, answers)) - common - 1:
         slots = slots.forked([i for i in range(len(texts)) for _ in answers], longest)
         rest = [(answer[common:] + [0] * longest)[:longest] for answer in answers] * len(texts)
         logits = slots.read(0, rest, keep=longest).unflatten(0, (len(texts), len(answers)))
-        total += torch.stack([_gain(logits[:, i, :max(len(answer) - common - 1, 0)], answer[common + 1:]) for i, answer in enumerate(answers)], 1)
+        total += torch.stack(
+            [
+                _gain(logits[:, i, : max(len(answer) - common - 1, 0)], answer[common + 1 :])
+                for i, answer in enumerate(answers)
+            ],
+            1,
+        )
     return total.cpu().numpy()
 
 

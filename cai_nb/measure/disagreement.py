@@ -58,9 +58,21 @@ def principle_votes(
     "Every comparison principle of a constitution judges every pair, in both orders (paper §4.1)."
     pool, kept = constitution.pool("comparison"), _choose(pairs, limit, seed)
     asked = {f"{p.id} {row_id(p.comparison)}": p for p in pool}  # a reworded principle is another one in `out`
-    alike = replace(constitution, principles=tuple(replace(p, id=id, weight=1.0) for id, p in asked.items()))  # all vote alike
-    labels = label_preferences(lm, kept, alike, prompts, n_principles=len(pool), seed=seed, layout=layout, few_shot=few_shot,
-                               batch_size=batch_size, out=out)
+    alike = replace(
+        constitution, principles=tuple(replace(p, id=id, weight=1.0) for id, p in asked.items())
+    )  # all vote alike
+    labels = label_preferences(
+        lm,
+        kept,
+        alike,
+        prompts,
+        n_principles=len(pool),
+        seed=seed,
+        layout=layout,
+        few_shot=few_shot,
+        batch_size=batch_size,
+        out=out,
+    )
     means = [[np.mean([v["p_a"] for v in row["votes"] if v["principle_id"] == id]) for id in asked] for row in labels]
     return Votes(constitution, tuple(kept), np.array(means), sum("question_cut" in row["flags"] for row in labels))
 
@@ -71,7 +83,9 @@ def _choose(pairs, limit, seed):
         raise CaiError(f"limit: found {limit}, expected a number of pairs above 0")
     different = [p for p in pairs if p["responses"][0] != p["responses"][1]]
     if not different:
-        raise CaiError(f"pairs: found {len(pairs)}, none with two different replies; sample more (feedback.sample_pairs)")
+        raise CaiError(
+            f"pairs: found {len(pairs)}, none with two different replies; sample more (feedback.sample_pairs)"
+        )
     chosen = {p["id"] for p in sorted(different, key=lambda p: row_id(seed, p["id"]))[:limit]}
     return [p for p in different if p["id"] in chosen]
 
@@ -154,11 +168,15 @@ class Disagreement:
     b: Votes
     margin: float  # nearer to one half than this is no opinion
     against: np.ndarray = field(repr=False)  # [A + B, A + B]: pairs with different sides, the principles of a first
-    both: np.ndarray = field(repr=False)  # [A + B, A + B]: pairs on which both have an opinion; the diagonal: on which one has
+    both: np.ndarray = field(
+        repr=False
+    )  # [A + B, A + B]: pairs on which both have an opinion; the diagonal: on which one has
     whole: dict  # rate: the constitutions as a whole
     across: dict  # rate: one principle drawn from each
     within: tuple[dict, dict]  # rates: two draws from a, two draws from b
-    nearest: tuple[tuple[tuple[str, str, dict], ...], ...] = field(repr=False)  # of a and of b: id, nearest id of the other, rate; the loneliest first
+    nearest: tuple[tuple[tuple[str, str, dict], ...], ...] = field(
+        repr=False
+    )  # of a and of b: id, nearest id of the other, rate; the loneliest first
     sharpest: tuple[Sharp, ...] = field(repr=False)
 
     @property
@@ -179,10 +197,25 @@ class Disagreement:
 
     def _repr_markdown_(self) -> str:
         head = f"**{self.names[0]}** and **{self.names[1]}** on {len(self.a.pairs)} pairs of replies."
-        cut = f" Pairs with a question longer than the model's context: {n}." if (n := max(self.a.cut, self.b.cut)) else ""
+        cut = (
+            f" Pairs with a question longer than the model's context: {n}."
+            if (n := max(self.a.cut, self.b.cut))
+            else ""
+        )
         tail = "Sharpest:" if self.sharpest else "As a whole they nowhere take different sides."
-        return "\n".join([f"{head} Nearer than {self.margin:g} to one half is no opinion.{cut}", "", *_shares(self), "",
-                          *_lonely(self), "", tail, "", *(line for s in self.sharpest for line in _transcript(s, self.names))])
+        return "\n".join(
+            [
+                f"{head} Nearer than {self.margin:g} to one half is no opinion.{cut}",
+                "",
+                *_shares(self),
+                "",
+                *_lonely(self),
+                "",
+                tail,
+                "",
+                *(line for s in self.sharpest for line in _transcript(s, self.names)),
+            ]
+        )
 
 
 def _shares(d: Disagreement) -> list[str]:
@@ -201,15 +234,26 @@ def _lonely(d: Disagreement, most: int = 5) -> list[str]:
         silent += [f"`{id}` ({name})" for id in votes.ids if not share[id]]
         rows += [f"| {name} | `{id}` | {100 * share[id]:.0f} % of pairs | `{near}` | {_share(r)} of {r['n']} |"
                  for id, near, r in lonely[:most] if r["n"]]
-    head = ["| loneliest of | principle | has an opinion | nearest in the other | different sides (95 %) |", "|---|---|---|---|---|"]
+    head = [
+        "| loneliest of | principle | has an opinion | nearest in the other | different sides (95 %) |",
+        "|---|---|---|---|---|",
+    ]
     return [*head, *rows, *(["", f"No opinion on any pair: {', '.join(silent)}."] if silent else [])]
 
 
 def _transcript(s: Sharp, names: tuple[str, str]) -> list[str]:
     "A pair and what was said about it, as indented lines, which Markdown leaves alone."
-    texts = [f"{who:8}{' '.join(text.split())}" for who, text in zip(("human", "first", "second"), (s.asked, *s.responses))]
-    lines = [line for t in texts for line in textwrap.wrap(t if len(t) < 600 else t[:600] + " …", 110, subsequent_indent=" " * 8)]
-    lines += [f"{name}: {p:.2f} for the first, most firmly {id} ({v:.2f})" for name, p, (id, v) in zip(names, s.p_a, s.voices)]
+    texts = [
+        f"{who:8}{' '.join(text.split())}" for who, text in zip(("human", "first", "second"), (s.asked, *s.responses))
+    ]
+    lines = [
+        line
+        for t in texts
+        for line in textwrap.wrap(t if len(t) < 600 else t[:600] + " …", 110, subsequent_indent=" " * 8)
+    ]
+    lines += [
+        f"{name}: {p:.2f} for the first, most firmly {id} ({v:.2f})" for name, p, (id, v) in zip(names, s.p_a, s.voices)
+    ]
     return [*(f"    {line}" for line in lines), ""]
 
 
@@ -226,7 +270,9 @@ def disagreement(
 ) -> Disagreement:
     "Set the votes of two constitutions against each other."
     if [p["id"] for p in a.pairs] != [p["id"] for p in b.pairs]:
-        raise CaiError(f"disagreement: votes on {len(a.pairs)} and on {len(b.pairs)} pairs, expected the same pairs in the same order")
+        raise CaiError(
+            f"disagreement: votes on {len(a.pairs)} and on {len(b.pairs)} pairs, expected the same pairs in the same order"
+        )
     of_a, of_b = sides(a.p_a, margin), sides(b.p_a, margin)
     whole = opposed(*(sides(v.p_a @ v.weights, margin)[:, None] for v in (a, b)))
     everyone, across = np.hstack([of_a, of_b]), opposed(of_a, of_b)
@@ -263,7 +309,10 @@ def compare_on_pairs(
     "How often two constitutions take different sides on the same pairs, by a feedback model."
     votes = principle_votes(lm, pairs, _together(a, b), prompts, seed, layout, few_shot, limit, batch_size, out)
     column = {p.comparison: i for i, p in enumerate(votes.constitution.principles)}
-    of_a, of_b = (replace(votes, constitution=c, p_a=votes.p_a[:, [column[p.comparison] for p in c.pool("comparison")]]) for c in (a, b))
+    of_a, of_b = (
+        replace(votes, constitution=c, p_a=votes.p_a[:, [column[p.comparison] for p in c.pool("comparison")]])
+        for c in (a, b)
+    )
     return disagreement(of_a, of_b, prompts, margin)
 
 
@@ -284,15 +333,28 @@ def figure_disagreement(
     shares, side = d.shares, np.sqrt(d.both / len(d.a.pairs)) * 0.94
     ids, split = [*d.a.ids, *d.b.ids], len(d.a.ids) - 0.5
     step = 0.62 if len(ids) <= 14 else 0.3  # inches a principle
-    figure, axes = new_figure("Different sides on the same pairs", width=3.6 + step * len(ids), height=2.4 + step * len(ids))
-    squares = {(i, j): Rectangle((j - side[i, j] / 2, i - side[i, j] / 2), side[i, j], side[i, j]) for i, j in np.argwhere(d.both > 0)}
+    figure, axes = new_figure(
+        "Different sides on the same pairs", width=3.6 + step * len(ids), height=2.4 + step * len(ids)
+    )
+    squares = {
+        (i, j): Rectangle((j - side[i, j] / 2, i - side[i, j] / 2), side[i, j], side[i, j])
+        for i, j in np.argwhere(d.both > 0)
+    }
     cmap = LinearSegmentedColormap.from_list("sides", ["#2f7f9d", "#a9c9d3", "#e8e2d3", "#dda08f", "#c4442f"])
     drawing = PatchCollection(list(squares.values()), cmap=cmap, edgecolor="none")
     drawing.set(array=[100 * shares[at] for at in squares], clim=(0, 100))
     axes.add_collection(drawing)
     for i, j in squares if len(ids) <= 14 else ():  # numbers, where there is room for them
         strong = abs(shares[i, j] - 0.5) > 0.3
-        axes.text(j, i, f"{100 * shares[i, j]:.0f}", ha="center", va="center", fontsize=8, color="white" if strong else "#22303a")
+        axes.text(
+            j,
+            i,
+            f"{100 * shares[i, j]:.0f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if strong else "#22303a",
+        )
     for line in (axes.axhline, axes.axvline): line(split, color="#22303a", lw=1)
     short = [textwrap.shorten(id.replace("-", " "), 34, placeholder=" …") for id in ids]
     axes.set(xlim=(-0.6, len(ids) - 0.4), ylim=(len(ids) - 0.4, -0.6), aspect="equal")
@@ -300,7 +362,9 @@ def figure_disagreement(
     axes.set_yticks(range(len(ids)), short)
     axes.tick_params(length=0)
     for name, middle in zip(d.names, (split / 2 - 0.25, (split + len(ids) - 0.5) / 2)):
-        axes.text(len(ids) - 0.3, middle, name, rotation=270, va="center", fontsize=10, fontweight="bold", color="#4c5a64")
+        axes.text(
+            len(ids) - 0.3, middle, name, rotation=270, va="center", fontsize=10, fontweight="bold", color="#4c5a64"
+        )
     bar = figure.colorbar(drawing, ax=axes, shrink=0.6, pad=0.08, label="different sides, % of pairs with two opinions")
     bar.outline.set_visible(False)
     return figure

@@ -61,11 +61,15 @@ def bradley_terry(
     wins = np.asarray(wins, dtype=np.float64)
     k, n, x = wins.shape[-1], wins + wins.swapaxes(-1, -2), np.zeros(wins.shape[:-1])
     if not reach(wins > 0).all():
-        raise CaiError("wins: some models never lost to, or never met, the others; expected chains of wins between all; add virtual votes")
+        raise CaiError(
+            "wins: some models never lost to, or never met, the others; expected chains of wins between all; add virtual votes"
+        )
     for _ in range(limit):
         p = 1 / (1 + np.exp(x[..., None, :] - x[..., None]))
         slope, curve = wins.sum(-1) - (n * p).sum(-1), n * p * (1 - p)
-        bend = np.eye(k) * curve.sum(-1)[..., None] - curve + curve.sum((-1, -2), keepdims=True) / k**2  # the last holds the mean still
+        bend = (
+            np.eye(k) * curve.sum(-1)[..., None] - curve + curve.sum((-1, -2), keepdims=True) / k**2
+        )  # the last holds the mean still
         step = np.linalg.solve(bend, slope[..., None])[..., 0]
         x += step / np.maximum(1, np.ptp(step, axis=-1, keepdims=True))
         still = np.abs(step).max(-1, initial=0) < 1e-9
@@ -96,7 +100,10 @@ class Ballots:
     def wins(self, weights=1.0) -> np.ndarray:  # [K, K]
         "How often i beat j, with a weight for every vote."
         k = len(self.models)
-        won, lost = (np.bincount(x * k + y, weights * p, k * k) for x, y, p in ((self.a, self.b, self.p), (self.b, self.a, 1 - self.p)))
+        won, lost = (
+            np.bincount(x * k + y, weights * p, k * k)
+            for x, y, p in ((self.a, self.b, self.p), (self.b, self.a, 1 - self.p))
+        )
         return (won + lost).reshape(k, k)
 
 # %% ../../nbs/measure/05_elo.ipynb #a3dd8acf
@@ -107,9 +114,15 @@ def read_votes(
 ) -> Ballots:
     "Check votes and put them in order."
     if ties not in ("half", "drop"): raise CaiError(f"ties: found {ties!r}, expected half or drop")
-    kept = [v for i, v in enumerate(votes, 1) if _checked(v, i)["p_a"] is not None and not (ties == "drop" and v["p_a"] == 0.5)]
+    kept = [
+        v
+        for i, v in enumerate(votes, 1)
+        if _checked(v, i)["p_a"] is not None and not (ties == "drop" and v["p_a"] == 0.5)
+    ]
     names = sorted({*models, *(v[side] for v in votes for side in "ab")})
-    turned = [(v["a"], v["b"], float(v["p_a"])) if v["a"] < v["b"] else (v["b"], v["a"], 1 - float(v["p_a"])) for v in kept]
+    turned = [
+        (v["a"], v["b"], float(v["p_a"])) if v["a"] < v["b"] else (v["b"], v["a"], 1 - float(v["p_a"])) for v in kept
+    ]
     prompts = [str(v["prompt_id"]) if v.get("prompt_id") is not None else "" for v in kept]
     rows = sorted(zip(prompts, turned))
     group = np.cumsum([i == 0 or row[0] == "" or row[0] != rows[i - 1][0] for i, row in enumerate(rows)], dtype=int) - 1
@@ -123,7 +136,8 @@ def _checked(vote, i):
     expected = 'expected {"a": name, "b": another name, "p_a": 0 to 1}'
     for key in ("a", "b", "p_a"):
         if key not in vote: raise CaiError(f"vote {i}: found no {key!r}, {expected}")
-        if key != "p_a" and not isinstance(vote[key], str): raise CaiError(f"vote {i}: found {key} {vote[key]!r}, {expected}")
+        if key != "p_a" and not isinstance(vote[key], str):
+            raise CaiError(f"vote {i}: found {key} {vote[key]!r}, {expected}")
     if vote["a"] == vote["b"]: raise CaiError(f"vote {i}: found {vote['a']!r} against itself, {expected}")
     p = vote["p_a"]
     if p is not None and not (isinstance(p, (int, float, np.number)) and 0 <= p <= 1):
@@ -142,7 +156,9 @@ def resampled_scores(
     if n_resamples < 1: raise CaiError(f"n_resamples: found {n_resamples}, expected 1 or more (1000 is usual)")
     rng, groups, pick = np.random.default_rng(seed), int(ballots.group.max(initial=-1)) + 1, np.ix_(inside, inside)
     shape = virtual_votes(int(inside.sum()), virtual)
-    drawn = (ballots.wins(rng.exponential(size=groups)[ballots.group])[pick] + rng.gamma(shape) for _ in range(n_resamples))
+    drawn = (
+        ballots.wins(rng.exponential(size=groups)[ballots.group])[pick] + rng.gamma(shape) for _ in range(n_resamples)
+    )
     return bradley_terry(np.stack(list(drawn)))
 
 # %% ../../nbs/measure/05_elo.ipynb #cc733be0
@@ -159,17 +175,38 @@ def elo_table(
     ballots = read_votes(votes, models, ties)
     names, wins = ballots.models, ballots.wins()
     if anchor is not None and anchor not in names:
-        raise CaiError(f"anchor: found {anchor!r}, expected one of: {', '.join(names)}; name it in models if it has no votes yet")
+        raise CaiError(
+            f"anchor: found {anchor!r}, expected one of: {', '.join(names)}; name it in models if it has no votes yet"
+        )
     inside = _scored(wins, anchor and names.index(anchor))
-    rows = [{"model": m, "elo": None, "low": None, "high": None, "n": int(((ballots.a == i) | (ballots.b == i)).sum()),
-             "wins": float(wins[i].sum()), "both_bad": sum(v.get("choice") == "both bad" and m in (v["a"], v["b"]) for v in votes),
-             "note": ""} for i, m in enumerate(names)]
+    rows = [
+        {
+            "model": m,
+            "elo": None,
+            "low": None,
+            "high": None,
+            "n": int(((ballots.a == i) | (ballots.b == i)).sum()),
+            "wins": float(wins[i].sum()),
+            "both_bad": sum(v.get("choice") == "both bad" and m in (v["a"], v["b"]) for v in votes),
+            "note": "",
+        }
+        for i, m in enumerate(names)
+    ]
     if inside.any():
         x = bradley_terry(wins[np.ix_(inside, inside)] + virtual_votes(int(inside.sum()), virtual))
         drawn = resampled_scores(ballots, inside, virtual, n_resamples, seed)
-        _fill([r for r, i in zip(rows, inside) if i], ELO * x, ELO * drawn, reach(wins[np.ix_(inside, inside)] > 0), anchor)
+        _fill(
+            [r for r, i in zip(rows, inside) if i],
+            ELO * x,
+            ELO * drawn,
+            reach(wins[np.ix_(inside, inside)] > 0),
+            anchor,
+        )
     for r, i in zip(rows, inside):
-        if not i: r["note"] = "no votes yet" if r["n"] == 0 else f"no chain of votes to {TITLES.get(anchor, anchor or 'the others')}"
+        if not i:
+            r["note"] = (
+                "no votes yet" if r["n"] == 0 else f"no chain of votes to {TITLES.get(anchor, anchor or 'the others')}"
+            )
     return sorted(rows, key=lambda r: (r["elo"] is None, -(r["elo"] or 0), r["model"]))
 
 
@@ -189,7 +226,11 @@ def _fill(rows, x, drawn, chains, anchor):
     x, drawn = x - x[zero].mean(), drawn - drawn[:, zero].mean(1, keepdims=True)
     for i, r in enumerate(rows):
         low, high = np.quantile(drawn[:, i], [0.025, 0.975])
-        r.update(elo=float(x[i]), low=float(low) if chains[i, zero].all() else None, high=float(high) if chains[zero, i].all() else None)
+        r.update(
+            elo=float(x[i]),
+            low=float(low) if chains[i, zero].all() else None,
+            high=float(high) if chains[zero, i].all() else None,
+        )
         unknown = " or ".join(name for name, end in (("lower", r["low"]), ("upper", r["high"])) if end is None)
         r["note"] = "the anchor" if r["model"] == anchor else unknown and f"no {unknown} bound yet"
 
@@ -201,7 +242,17 @@ def elo_cells(
     cells = [["", "Elo", "95 %", "votes", "won", "both bad", ""]]
     for r in rows:
         won = f"{100 * r['wins'] / r['n']:.0f} %" if r["n"] else "–"
-        cells.append([TITLES.get(r["model"], r["model"]), _points(r["elo"]), _interval(r), str(r["n"]), won, str(r["both_bad"]), r["note"]])
+        cells.append(
+            [
+                TITLES.get(r["model"], r["model"]),
+                _points(r["elo"]),
+                _interval(r),
+                str(r["n"]),
+                won,
+                str(r["both_bad"]),
+                r["note"],
+            ]
+        )
     return cells
 
 
@@ -230,7 +281,10 @@ def show_elo(
         cells.insert(1, ["---" if i in (0, 6) else "---:" for i in kept])
         return "\n".join("| " + " | ".join(row) + " |" for row in cells)
     width = [max(len(row[i]) for row in cells) for i in range(len(kept))]
-    lines = ["   ".join(c.ljust(w) if i in (0, 6) else c.rjust(w) for i, c, w in zip(kept, row, width)).rstrip() for row in cells]
+    lines = [
+        "   ".join(c.ljust(w) if i in (0, 6) else c.rjust(w) for i, c, w in zip(kept, row, width)).rstrip()
+        for row in cells
+    ]
     return "\n".join([lines[0], "─" * max(map(len, lines)), *lines[1:]])
 
 # %% ../../nbs/measure/05_elo.ipynb #b533f557
@@ -249,13 +303,19 @@ def figure_elo(
     for y, r in enumerate(rows):
         _draw_score(axes, y, r, left, right)
     axes.set_yticks(range(len(rows)), [TITLES.get(r["model"], r["model"]) for r in rows])
-    axes.set(xlim=(left, right), ylim=(len(rows) - 0.4, -0.7), xlabel=f"Elo, {TITLES.get(anchor, anchor or 'mean')} = 0")
+    axes.set(
+        xlim=(left, right), ylim=(len(rows) - 0.4, -0.7), xlabel=f"Elo, {TITLES.get(anchor, anchor or 'mean')} = 0"
+    )
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)
     top = axes.secondary_xaxis("top", functions=(lambda x: x, lambda x: x))
-    shares = [p for p in (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99) if left <= ELO * math.log(p / (100 - p)) <= right]
+    shares = [
+        p for p in (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99) if left <= ELO * math.log(p / (100 - p)) <= right
+    ]
     top.set_xticks([ELO * math.log(p / (100 - p)) for p in shares], [f"{p}" for p in shares])
-    top.set_xlabel(f"preferred to {TITLES.get(anchor, anchor) if anchor else 'an average one'}, %", fontsize=9, color="#4c5a64")
+    top.set_xlabel(
+        f"preferred to {TITLES.get(anchor, anchor) if anchor else 'an average one'}, %", fontsize=9, color="#4c5a64"
+    )
     top.tick_params(colors="#4c5a64", labelsize=8.5)
     top.spines["top"].set_visible(False)
     return figure
@@ -275,7 +335,15 @@ def _draw_score(axes, y, r, left, right):
     for end, place, marker in ((r["low"], left + inset, "<"), (r["high"], right - inset, ">")):
         if end is None: axes.plot(place, y, marker, ms=8, color="#2f7f9d", alpha=0.7)
     axes.plot(r["elo"], y, "o", ms=7, color="#2f7f9d", mec="white", mew=1.2, zorder=2)
-    axes.annotate(_points(r["elo"]), (r["elo"], y), xytext=(0, 7), textcoords="offset points", ha="center", fontsize=8.5, color="#22303a")
+    axes.annotate(
+        _points(r["elo"]),
+        (r["elo"], y),
+        xytext=(0, 7),
+        textcoords="offset points",
+        ha="center",
+        fontsize=8.5,
+        color="#22303a",
+    )
 
 # %% ../../nbs/measure/05_elo.ipynb #f77db1ce
 def model_pairs(
@@ -284,8 +352,17 @@ def model_pairs(
     "Every two models' replies to the same prompt, as pairs to be labelled."
     replies = {}
     for r in samples: replies.setdefault(r["prompt_id"], {})[r["model"]] = r["response"]
-    return [{"id": row_id("elo", prompt, a, b, said[a], said[b]), "prompt_id": prompt, "responses": [said[a], said[b]],
-             "models": [a, b], "flags": []} for prompt, said in replies.items() for a, b in combinations(sorted(said), 2)]
+    return [
+        {
+            "id": row_id("elo", prompt, a, b, said[a], said[b]),
+            "prompt_id": prompt,
+            "responses": [said[a], said[b]],
+            "models": [a, b],
+            "flags": [],
+        }
+        for prompt, said in replies.items()
+        for a, b in combinations(sorted(said), 2)
+    ]
 
 
 def label_votes(
@@ -295,5 +372,10 @@ def label_votes(
     "Labels of such pairs as votes."
     of = {p["id"]: p for p in pairs}
     if lost := [label["pair_id"] for label in labels if label["pair_id"] not in of]:
-        raise CaiError(f"label {lost[0]}: found no such pair among {len(of)} ({len(lost)} like this); give the pairs that were labelled")
-    return [dict(zip("ab", of[x["pair_id"]]["models"]), p_a=x["p_a"], prompt_id=of[x["pair_id"]]["prompt_id"]) for x in labels]
+        raise CaiError(
+            f"label {lost[0]}: found no such pair among {len(of)} ({len(lost)} like this); give the pairs that were labelled"
+        )
+    return [
+        dict(zip("ab", of[x["pair_id"]]["models"]), p_a=x["p_a"], prompt_id=of[x["pair_id"]]["prompt_id"])
+        for x in labels
+    ]

@@ -42,7 +42,9 @@ def figure_outcomes(
     sets: tuple = ("harmful", "benign"),
 ):                  # a matplotlib Figure
     "Stacked bars: the kinds of reply of each model on each set of prompts."
-    shares = lambda kinds: {k: 100 * (kinds[k]["value"] or 0) for k in COLOURS if k in kinds}  # an older run knows fewer kinds
+    shares = lambda kinds: {
+        k: 100 * (kinds[k]["value"] or 0) for k in COLOURS if k in kinds
+    }  # an older run knows fewer kinds
     bars = [(TITLES.get(m, m), s, shares(k[s])) for s in sets for m, k in metrics["models"].items() if s in k]
     figure, axes = new_figure("What the replies are", height=0.8 + 0.42 * (len(bars) + len(sets)))
     y, ticks, last = 0, [], None
@@ -127,7 +129,14 @@ def figure_training(
         right.set_ylim(bottom=0)
         right.tick_params(colors=COLOURS["harmful"], labelsize=9)
         lines = [*lines, *right.get_lines()]
-    axes.legend(lines, [line.get_label() for line in lines], frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.16))
+    axes.legend(
+        lines,
+        [line.get_label() for line in lines],
+        frameon=False,
+        fontsize=9,
+        loc="upper left",
+        bbox_to_anchor=(0, -0.16),
+    )
     return figure
 
 # %% ../../nbs/measure/01_figures.ipynb #ea72957b

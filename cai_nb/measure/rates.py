@@ -243,7 +243,9 @@ def table_rows(
     models = metrics["models"]
     rows = [[""] + [TITLES.get(m, m) for m in models]]
     for title, name, kinds in ROWS:
-        found = [[m[name][k] for k in kinds if k in m.get(name, ())] for m in models.values()]  # an older run knows fewer kinds
+        found = [
+            [m[name][k] for k in kinds if k in m.get(name, ())] for m in models.values()
+        ]  # an older run knows fewer kinds
         cells = [show_rate(pooled(rates)) if rates else "–" for rates in found]
         if any(c != "–" for c in cells): rows.append([title] + cells)
     for title, path in (("labels that agree with the oracle", ("labels", "agreement")),

@@ -83,7 +83,9 @@ def _item(suite: Suite, place: str, row: dict, id_of) -> SuiteItem:
         right, wrong = _words(options[answer]), _words(options[1 - answer])
         ends = [_words(row[key]) for key in suite.extra]
         if ends[0].endswith(wrong) and ends[1].endswith(right) and not ends[0].endswith(right):
-            raise CaiError(f"{place}: corrects says{letters[answer]}, but text_correct ends with the other reply; repair the row")
+            raise CaiError(
+                f"{place}: corrects says{letters[answer]}, but text_correct ends with the other reply; repair the row"
+            )
     return SuiteItem(id_of(row["prompt"], answer), place, stem, options, letters, answer)
 
 
@@ -95,8 +97,10 @@ def _check_fields(suite: Suite, place: str, row: dict, letters: tuple[str, ...])
                        f"expected a row of the paper's {suite.file}")
     corrects, incorrects, text = row["corrects"], row["incorrects"], row["prompt"].strip()
     if len(corrects) != 1 or sorted(map(str, corrects + incorrects)) != list(letters):
-        raise CaiError(f"{place}: found corrects {corrects} and incorrects {incorrects}, expected each of the {suite.options} "
-                       f"answers {letters[0]!r} to {letters[-1]!r} once, one of them correct, leading space included")
+        raise CaiError(
+            f"{place}: found corrects {corrects} and incorrects {incorrects}, expected each of the {suite.options} "
+            f"answers {letters[0]!r} to {letters[-1]!r} once, one of them correct, leading space included"
+        )
     if not text.endswith(OPENING):
         raise CaiError(f"{place}: the prompt ends in {text[-30:]!r}, expected {OPENING!r}, which the letter follows")
 
@@ -167,11 +171,15 @@ def find_contaminated(
 def _examples(path: str | Path) -> list[tuple]:
     "Of every worked example, the pair of replies and the conversation."
     entries = read_json(Path(path).expanduser())
-    texts = [str(e.get("prompt")) if isinstance(e, dict) else "" for e in (entries if isinstance(entries, list) else [])]
+    texts = [
+        str(e.get("prompt")) if isinstance(e, dict) else "" for e in (entries if isinstance(entries, list) else [])
+    ]
     found = [re.search(r"\n \(A\) (\[\[\[.*?\]\]\])\n \(B\) (\[\[\[.*?\]\]\])", t, re.S) for t in texts]
     if not found or None in found:
-        raise CaiError(f"{path}: entry {found.index(None) if found else 0} shows no replies (A) [[[…]]] and (B) [[[…]]]; "
-                       "expected the paper's RLMadisonPrecogFewShotPrompts.json")
+        raise CaiError(
+            f"{path}: entry {found.index(None) if found else 0} shows no replies (A) [[[…]]] and (B) [[[…]]]; "
+            "expected the paper's RLMadisonPrecogFewShotPrompts.json"
+        )
     return [(frozenset(map(_words, m.groups())), _conversation(t[:m.start()])) for t, m in zip(texts, found)]
 
 

@@ -85,8 +85,10 @@ def _probabilities(lm, contexts: list, letters: tuple[str, ...], where: str) -> 
     "[contexts, letters]: the probability of each letter among them; what is missing or not a number is an error."
     logp = np.asarray(lm.choice_logprobs(contexts, list(letters)), dtype=np.float64)
     if logp.shape != (len(contexts), len(letters)) or not np.isfinite(logp).all():
-        raise CaiError(f"{where}: found log-probabilities {logp.shape}, finite: {bool(np.isfinite(logp).all())}; expected "
-                       f"{(len(contexts), len(letters))} finite numbers; check the model (float16 overflows?) or the server")
+        raise CaiError(
+            f"{where}: found log-probabilities {logp.shape}, finite: {bool(np.isfinite(logp).all())}; expected "
+            f"{(len(contexts), len(letters))} finite numbers; check the model (float16 overflows?) or the server"
+        )
     p = np.exp(logp - logp.max(axis=1, keepdims=True))
     return p / p.sum(axis=1, keepdims=True)
 
@@ -114,18 +116,28 @@ def suite_metrics(
     often, count = max(answers.items(), key=lambda pair: (pair[1], -pair[0]))
     letters = items[0].letters
     metrics = {
-        **_accuracies(right), "items": n, "questions": len(rows),
+        **_accuracies(right),
+        "items": n,
+        "questions": len(rows),
         "fixed_order": sum(not item.options for item in items),
         "cut": len({row["item"] for row in rows if "question_cut" in row["flags"]}),
         "says_a": rate(sum(row["p"][0] > max(row["p"][1:]) for row in rows), len(rows)),
-        "baselines": {"chance": 1 / len(letters), "always_a": rate(answers[0], n), "majority": rate(count, n),
-                      "majority_answer": letters[often]},
-        "calibration": _calibration([(max(r["p"]), right[r["item"]][0]) for r in rows if r["order"] == 0], len(letters), bins),
+        "baselines": {
+            "chance": 1 / len(letters),
+            "always_a": rate(answers[0], n),
+            "majority": rate(count, n),
+            "majority_answer": letters[often],
+        },
+        "calibration": _calibration(
+            [(max(r["p"]), right[r["item"]][0]) for r in rows if r["order"] == 0], len(letters), bins
+        ),
     }
     if contaminated is not None:
         ids = contaminated["ids"]
         metrics["contaminated"] = {**contaminated, "ids": None if ids is None else sorted(ids)}
-        metrics["without_contaminated"] = ids if ids is None else _accuracies({i: r for i, r in right.items() if i not in ids})
+        metrics["without_contaminated"] = (
+            ids if ids is None else _accuracies({i: r for i, r in right.items() if i not in ids})
+        )
     return metrics
 
 
@@ -192,16 +204,30 @@ def suite_rows(
     for name in dict.fromkeys(name for suites in metrics.values() for name in suites):
         found = [suites.get(name) for suites in metrics.values()]
         one, share = next(m for m in found if m), lambda r: f"{100 * r['value']:.1f} %"
-        lines = [(f"{name}: order as given", lambda m: show_rate(m["given"])),
-                 (f"{name}: {'order swapped' if SUITES[name].options == 2 else 'options moved'}", lambda m: show_rate(m["moved"])),
-                 (f"{name}: mean of the orders", lambda m: show_rate(m["mean"]))]
+        lines = [
+            (f"{name}: order as given", lambda m: show_rate(m["given"])),
+            (
+                f"{name}: {'order swapped' if SUITES[name].options == 2 else 'options moved'}",
+                lambda m: show_rate(m["moved"]),
+            ),
+            (f"{name}: mean of the orders", lambda m: show_rate(m["mean"])),
+        ]
         leaked = one.get("contaminated", {"ids": []})["ids"]
-        if leaked is None: lines.append((f"{name}: mean without leaked items", lambda m: "not known"))
-        elif leaked: lines.append((f"{name}: mean without {len(leaked)} leaked", lambda m: show_rate(m["without_contaminated"]["mean"])))
-        lines += [(f"{name}: says (A), in all orders", lambda m: show_rate(m["says_a"])),
-                  (f"{name}: always (A), as given", lambda m: share(m["baselines"]["always_a"])),
-                  (f"{name}: always{one['baselines']['majority_answer']}, as given", lambda m: share(m["baselines"]["majority"])),
-                  (f"{name}: questions cut", lambda m: f"{m['cut']} of {m['items']}")]
+        if leaked is None:
+            lines.append((f"{name}: mean without leaked items", lambda m: "not known"))
+        elif leaked:
+            lines.append(
+                (f"{name}: mean without {len(leaked)} leaked", lambda m: show_rate(m["without_contaminated"]["mean"]))
+            )
+        lines += [
+            (f"{name}: says (A), in all orders", lambda m: show_rate(m["says_a"])),
+            (f"{name}: always (A), as given", lambda m: share(m["baselines"]["always_a"])),
+            (
+                f"{name}: always{one['baselines']['majority_answer']}, as given",
+                lambda m: share(m["baselines"]["majority"]),
+            ),
+            (f"{name}: questions cut", lambda m: f"{m['cut']} of {m['items']}"),
+        ]
         lines = list(dict(lines).items())  # where (A) is the most frequent answer, it is said once
         rows += [[title] + [cell(m) if m else "–" for m in found] for title, cell in lines]
     return rows

@@ -119,8 +119,13 @@ def label_preferences(
         raise CaiError(f"n_cot: found {n_cot} with cot={cot}, expected 1, or more with cot=True")
     examples = few_shot_messages(few_shot or (), constitution, layout, cot, seed)
     drawn = {
-        pair["id"]: [] if pair["responses"][0] == pair["responses"][1]
-        else [(*drew, i) for drew in draw_comparisons(constitution, pair["id"], n_principles, both_orders, seed) for i in range(n_cot)]
+        pair["id"]: []
+        if pair["responses"][0] == pair["responses"][1]
+        else [
+            (*drew, i)
+            for drew in draw_comparisons(constitution, pair["id"], n_principles, both_orders, seed)
+            for i in range(n_cot)
+        ]
         for pair in pairs
     }
     _check_stored(out, drawn, cot)
@@ -134,7 +139,10 @@ def label_preferences(
         contexts = [[*examples, *q.context(messages[q.pair["prompt_id"]], layout, cot)] for q in questions]
         reasons = [None] * len(questions)
         if cot and questions:
-            seeds = [draw_seed(seed, q.pair["id"], q.principle.id, q.order, "reasoning", *[q.chain] * (q.chain > 0)) for q in questions]
+            seeds = [
+                draw_seed(seed, q.pair["id"], q.principle.id, q.order, "reasoning", *[q.chain] * (q.chain > 0))
+                for q in questions
+            ]
             reasons = ask(lm, contexts, seeds, temperature, max_new_tokens, "paper" if layout == "paper" else "chat")
             contexts = [verdict_context(c, text) for c, (text, _) in zip(contexts, reasons)]
         p_first = _p_first(lm, questions, contexts)
@@ -216,7 +224,9 @@ def check_judge(
                 turned, n = turned + (ab * ba < 0 and min(abs(ab), abs(ba)) > undecided), n + 1
     found = {"turned": turned, "n": n, "bias": round(position_bias(labels), 4)}
     if n >= least and turned > most * n:
-        raise CaiError(f"labels: the verdict turns with the order of the options in {turned} of {n} questions (mean probability of (A)"
-                       f" {found['bias']:.2f}); the feedback model does not read the replies: use a larger one, labels.few_shot=true, or"
-                       " the layout that it was trained on")
+        raise CaiError(
+            f"labels: the verdict turns with the order of the options in {turned} of {n} questions (mean probability of (A)"
+            f" {found['bias']:.2f}); the feedback model does not read the replies: use a larger one, labels.few_shot=true, or"
+            " the layout that it was trained on"
+        )
     return found

@@ -41,9 +41,13 @@ def preference_rows(
         pair = by_pair.get(label["pair_id"])
         prompt = pair and by_id.get(pair["prompt_id"])
         if not prompt:
-            raise CaiError(f"label of pair {label['pair_id']}: its {'prompt' if pair else 'pair'} is not among those given")
+            raise CaiError(
+                f"label of pair {label['pair_id']}: its {'prompt' if pair else 'pair'} is not among those given"
+            )
         if prompt.get("split") == "eval":
-            raise CaiError(f"label of pair {pair['id']}: prompt {prompt['id']} belongs to the evaluation split; train on split train")
+            raise CaiError(
+                f"label of pair {pair['id']}: prompt {prompt['id']} belongs to the evaluation split; train on split train"
+            )
         if not 0 <= label["p_a"] <= 1:
             raise CaiError(f"label of pair {pair['id']}: p_a is {label['p_a']}, expected a probability")
         a, b = pair["responses"]
@@ -118,7 +122,10 @@ def encode_comparison(
     row: dict,  # of `preference_rows`
 ) -> dict:  # {"chosen_ids", "rejected_ids", "p"}
     "Tokens of both conversations, each to the end of the assistant's turn."
-    ids = {side: encode_conversation(tokenizer, row["prompt"] + row[side], add_generation_prompt=False) for side in ("chosen", "rejected")}
+    ids = {
+        side: encode_conversation(tokenizer, row["prompt"] + row[side], add_generation_prompt=False)
+        for side in ("chosen", "rejected")
+    }
     return {"chosen_ids": ids["chosen"], "rejected_ids": ids["rejected"], "p": float(row["p"])}
 
 
@@ -183,7 +190,9 @@ class PreferenceModel:
         from safetensors.torch import load_file
 
         adapted = add_adapters(model, {name: folder})
-        heads = [t for n, t in load_file(Path(folder) / "adapter_model.safetensors").items() if n.endswith("score.weight")]
+        heads = [
+            t for n, t in load_file(Path(folder) / "adapter_model.safetensors").items() if n.endswith("score.weight")
+        ]
         if len(heads) != 1 or heads[0].shape[0] != 1:
             raise CaiError(f"{folder}: no head of one score in adapter_model.safetensors, expected a preference model")
         return cls(adapted, tokenizer, heads[0][0].float().to(adapted.device), name, **kwargs)
@@ -194,7 +203,10 @@ class PreferenceModel:
         conversations: list,  # each ends with an assistant message
     ) -> np.ndarray:  # [n], in the order of `conversations`
         "The score of the last reply of every conversation: higher is better, only differences mean something."
-        rows = [encode_conversation(self.tokenizer, c, add_generation_prompt=False)[-self.max_length:] for c in conversations]
+        rows = [
+            encode_conversation(self.tokenizer, c, add_generation_prompt=False)[-self.max_length :]
+            for c in conversations
+        ]
         scores, order = np.zeros(len(rows)), sorted(range(len(rows)), key=lambda i: len(rows[i]))
         training = [m for m in self.model.modules() if m.training]
         self.model.eval()
@@ -261,17 +273,28 @@ def train_preference(
     encoded = [encode_comparison(tokenizer, row) for row in train]
     kept = [row for row in encoded if max(len(row["chosen_ids"]), len(row["rejected_ids"])) <= config.max_length]
     if not kept:
-        raise CaiError(f"no comparison to train on: {len(rows)} rows, {len(encoded) - len(kept)} longer than max_length={config.max_length}")
+        raise CaiError(
+            f"no comparison to train on: {len(rows)} rows, {len(encoded) - len(kept)} longer than max_length={config.max_length}"
+        )
     with borrowed(model):
         trainer = _trainer(model, tokenizer, kept, config, out)
         metrics = fit(trainer, "preference model", key, show=("loss", "accuracy"))
-        metrics |= {"rows": len(kept), "rows_too_long": len(encoded) - len(kept), "change": _change(trainer.model, tokenizer, train[:8])}
+        metrics |= {
+            "rows": len(kept),
+            "rows_too_long": len(encoded) - len(kept),
+            "change": _change(trainer.model, tokenizer, train[:8]),
+        }
         metrics["held_out"] = measure_preference(_trained(trainer.model, tokenizer, "default", config), held_out)
         card = model_card(
-            "Preference model", "A LoRA adapter and a head that score a reply; only differences of scores mean something.",
+            "Preference model",
+            "A LoRA adapter and a head that score a reply; only differences of scores mean something.",
             {"rows": len(kept), **vars(config), **(facts or {})},
-            ["Its labels come from a model that judged by a constitution: where that model errs or is blind, so is this one.",
-             "A policy trained against it for long enough finds replies that score well and are not good."], model.name_or_path)
+            [
+                "Its labels come from a model that judged by a constitution: where that model errs or is blind, so is this one.",
+                "A policy trained against it for long enough finds replies that score well and are not good.",
+            ],
+            model.name_or_path,
+        )
         return finish(trainer, out, key, metrics, card)
 
 
@@ -297,7 +320,9 @@ def _trained(adapted, tokenizer, name, config) -> PreferenceModel:
 def _change(adapted, tokenizer, rows) -> float:
     "How far the adapter moves a score; the head alone does not count."
     conversations = [row["prompt"] + row["chosen"] for row in rows]
-    with_it, without = (_trained(adapted, tokenizer, name, PreferenceConfig()).score(conversations) for name in ("default", None))
+    with_it, without = (
+        _trained(adapted, tokenizer, name, PreferenceConfig()).score(conversations) for name in ("default", None)
+    )
     if not (change := float(np.abs(with_it - without).max())) > 0:
         raise CaiError("preference model: the adapter changes no score; was it trained?")
     return change

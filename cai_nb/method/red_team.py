@@ -61,7 +61,10 @@ def prompt_request(
         return [{"role": "user", "content": wish}, {"role": "assistant", "content": f"{written}{len(shown) + 1}."}]
     if layout != "turns":
         raise CaiError(f"layout: found {layout!r}, expected one of {', '.join(map(repr, RED_TEAM_LAYOUTS))}")
-    wishes = [f"I collect {about}. No two are alike. Give me one, on one line, and nothing else.", *["Another one."] * len(shown)]
+    wishes = [
+        f"I collect {about}. No two are alike. Give me one, on one line, and nothing else.",
+        *["Another one."] * len(shown),
+    ]
     answered = [({"role": "user", "content": w}, {"role": "assistant", "content": s}) for w, s in zip(wishes, shown)]
     return [m for pair in answered for m in pair] + [{"role": "user", "content": wishes[-1]}]
 
@@ -216,7 +219,9 @@ class DrawReport:
         return f"generated: {self.draws} draws gave {self.kept} of {self.wanted} prompts{short}, skipped: {fates}"
 
     def _repr_markdown_(self) -> str:
-        short = f"; **{self.missing} missing**: give more examples, more draws, or another model" if self.missing else ""
+        short = (
+            f"; **{self.missing} missing**: give more examples, more draws, or another model" if self.missing else ""
+        )
         lines = [f"**generated**: {self.draws} draws gave {self.kept} of {self.wanted} prompts{short}", "",
                  "| skipped because | draws | such as |", "|---|---|---|"]
         texts = {why: "; ".join(text.replace("|", "\\|") for text in found) for why, found in self.such_as.items()}
@@ -296,5 +301,7 @@ def _check_draws(store: RowFile, settings: str) -> None:
     "Raise if a file holds draws of other examples or settings."
     strangers = [row["id"] for row in store if row["id"] != row_id(settings, row.get("draw"))]
     if strangers:
-        raise CaiError(f"{store.path}: {len(strangers)} of its {len(store)} draws come from other examples or settings (first: "
-                       f"id {strangers[0]}), expected those of this run only; name another file, or remove this one")
+        raise CaiError(
+            f"{store.path}: {len(strangers)} of its {len(store)} draws come from other examples or settings (first: "
+            f"id {strangers[0]}), expected those of this run only; name another file, or remove this one"
+        )

@@ -36,13 +36,20 @@ def rl_prompts(
 ) -> list[dict]:  # n rows in order; repeated if there are too few
     "Draw prompts for training, both kinds evenly spread."
     if any(prompt.get("split") == "eval" for prompt in prompts):
-        raise CaiError("RL-CAI: there are prompts of the evaluation split among those to train on; pass split train only")
-    kinds = {True: [p for p in prompts if p["kind"] == "helpful"], False: [p for p in prompts if p["kind"] != "helpful"]}
+        raise CaiError(
+            "RL-CAI: there are prompts of the evaluation split among those to train on; pass split train only"
+        )
+    kinds = {
+        True: [p for p in prompts if p["kind"] == "helpful"],
+        False: [p for p in prompts if p["kind"] != "helpful"],
+    }
     if not prompts:
         raise CaiError("RL-CAI: no prompts to train on")
     drawn, rng = {}, random.Random(f"{seed}:rl")
     for kind, rows in kinds.items():
-        drawn[kind] = iter([row for _ in range(n // len(rows) + 1) for row in rng.sample(rows, len(rows))] if rows else [])
+        drawn[kind] = iter(
+            [row for _ in range(n // len(rows) + 1) for row in rng.sample(rows, len(rows))] if rows else []
+        )
     wanted = [int((i + 1) * helpful_ratio) > int(i * helpful_ratio) for i in range(n)]
     return [next(drawn[kind if kinds[kind] else not kind]) for kind in wanted]
 
@@ -57,7 +64,9 @@ def preference_reward(
         for i in np.flatnonzero(~np.isfinite(scores)):
             raise CaiError(f"RL-CAI: the reward of a reply to prompt {id[i]} is {scores[i]}, expected a finite number; "
                            f"the reply was {completions[i][-1]['content'][:80]!r}")
-        for name, value in reply_signs(id, [completion[-1]["content"] for completion in completions]).items() if log_metric else ():
+        for name, value in (
+            reply_signs(id, [completion[-1]["content"] for completion in completions]).items() if log_metric else ()
+        ):
             log_metric(name, value)
         return scores.tolist()
 
@@ -157,7 +166,9 @@ def rl_trainer(
                 return super()._generate_single_turn(prompt_ids, *args, **kwargs)
             seed = row_id(self.args.seed, self.state.global_step, self.accelerator.process_index)
             tokens = sample_tokens(self.model, prompt_ids, self.max_completion_length, self.temperature, stops, seed)
-            return (tokens, None) if config.algorithm == "grpo" else tokens  # GRPO also asks for log-probabilities, if there are any
+            return (
+                (tokens, None) if config.algorithm == "grpo" else tokens
+            )  # GRPO also asks for log-probabilities, if there are any
 
     policy = PeftModel.from_pretrained(model, str(sl_folder), adapter_name="default", is_trainable=True)
     scorer = PreferenceModel.load(policy, tokenizer, pm_folder, batch_size=32)  # little padding
@@ -201,7 +212,10 @@ def train_rl(
     room = getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 20) - config.max_new_tokens
     short = [prompt for prompt in prompts if len(encode_conversation(tokenizer, prompt["messages"])) <= room]
     rows = rl_prompts(short, config.steps * config.batch_size // config.group_size, config.helpful_ratio, config.seed)
-    adapters = [sha256((Path(folder) / "adapter_model.safetensors").read_bytes()).hexdigest() for folder in (sl_folder, pm_folder)]
+    adapters = [
+        sha256((Path(folder) / "adapter_model.safetensors").read_bytes()).hexdigest()
+        for folder in (sl_folder, pm_folder)
+    ]
     key = run_key(model, config, rows, adapters)
     if done := finished(out, key):
         return done
@@ -213,10 +227,15 @@ def train_rl(
             "prompts": len({row["id"] for row in rows}), "prompts_too_long": len(prompts) - len(short),
             "change": check_adapter(trainer.model, tokenizer, "default"), "moved": _moved(trainer.model)}
         card = model_card(
-            "RL-CAI", f"A LoRA adapter, trained by {ALGORITHMS[config.algorithm]} to please a preference model that was made from AI labels.",
+            "RL-CAI",
+            f"A LoRA adapter, trained by {ALGORITHMS[config.algorithm]} to please a preference model that was made from AI labels.",
             {**vars(config), **(facts or {})},
-            ["The preference model is a proxy: what it cannot see, this model was not held to.",
-             "Trained for longer than it was, a policy drifts towards formulas that score well."], model.name_or_path)
+            [
+                "The preference model is a proxy: what it cannot see, this model was not held to.",
+                "Trained for longer than it was, a policy drifts towards formulas that score well.",
+            ],
+            model.name_or_path,
+        )
         return finish(trainer, out, key, metrics, card)
 
 
@@ -225,15 +244,25 @@ def _summary(log: list[dict]) -> dict:
     steps = [entry for entry in log if "reward" in entry]
     tenth = max(1, len(steps) // 10)
     mean = lambda entries, name: round(sum(e.get(name, 0) for e in entries) / len(entries), 4)  # beta = 0 logs no KL
-    return {"reward_first": mean(steps[:tenth], "reward"), "reward_last": mean(steps[-tenth:], "reward"), "kl": mean(steps[-tenth:], "kl"),
-            "truncated": mean(steps[-tenth:], "completions/clipped_ratio"), "length": mean(steps[-tenth:], "completions/mean_length"),
-            "repetition": mean(steps[-tenth:], "repetition"), "variety": mean(steps[-tenth:], "variety")}
+    return {
+        "reward_first": mean(steps[:tenth], "reward"),
+        "reward_last": mean(steps[-tenth:], "reward"),
+        "kl": mean(steps[-tenth:], "kl"),
+        "truncated": mean(steps[-tenth:], "completions/clipped_ratio"),
+        "length": mean(steps[-tenth:], "completions/mean_length"),
+        "repetition": mean(steps[-tenth:], "repetition"),
+        "variety": mean(steps[-tenth:], "variety"),
+    }
 
 
 def _moved(policy) -> float:
     "How far the policy's weights went from the reference's."
     parameters = dict(policy.named_parameters())
-    moved = max(float((p.detach() - parameters[n.replace(".default.", ".ref.")]).abs().max()) for n, p in parameters.items() if ".default." in n)
+    moved = max(
+        float((p.detach() - parameters[n.replace(".default.", ".ref.")]).abs().max())
+        for n, p in parameters.items()
+        if ".default." in n
+    )
     if not moved > 0:
         raise CaiError("RL-CAI: the policy is where it started; were all rewards equal?")
     return moved

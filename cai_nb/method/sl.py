@@ -32,7 +32,9 @@ def sl_rows(
         if prompt is None:
             raise CaiError(f"row {source['id']}: prompt {source['prompt_id']} is not among the prompts given")
         if prompt.get("split") == "eval":
-            raise CaiError(f"row {source['id']}: prompt {prompt['id']} belongs to the evaluation split; train on split train")
+            raise CaiError(
+                f"row {source['id']}: prompt {prompt['id']} belongs to the evaluation split; train on split train"
+            )
         rows.append({"prompt": prompt["messages"], "completion": [{"role": "assistant", "content": text}]})
 
     for chain in chains:
@@ -72,12 +74,21 @@ def check_labels(
     "Raise unless the labels are aligned with the input and say the completion, without any of the prompt."
     pairs = list(zip(encoded["input_ids"], encoded["labels"], strict=True))
     squeeze = lambda ids: "".join(tokenizer.decode(ids, skip_special_tokens=True).split())
-    said, meant = squeeze([label for _, label in pairs if label != -100]), squeeze(encode_text(tokenizer, row["completion"][-1]["content"].strip()))
+    said, meant = (
+        squeeze([label for _, label in pairs if label != -100]),
+        squeeze(encode_text(tokenizer, row["completion"][-1]["content"].strip())),
+    )
     before = said.partition(meant)[0]
-    leaked = [m["content"] for m in row["prompt"] if len(m["content"]) > 7 and squeeze(encode_text(tokenizer, m["content"])) in before]
+    leaked = [
+        m["content"]
+        for m in row["prompt"]
+        if len(m["content"]) > 7 and squeeze(encode_text(tokenizer, m["content"])) in before
+    ]
     if meant not in said or leaked or any(label not in (-100, id) for id, label in pairs):
-        raise CaiError(f"labels: they decode to {said[:60]!r}, expected the completion {row['completion'][-1]['content'][:60]!r} and nothing of the"
-                       " prompt; the chat template renders a conversation otherwise when it is finished: use another template")
+        raise CaiError(
+            f"labels: they decode to {said[:60]!r}, expected the completion {row['completion'][-1]['content'][:60]!r} and nothing of the"
+            " prompt; the chat template renders a conversation otherwise when it is finished: use another template"
+        )
 
 # %% ../../nbs/method/02_sl.ipynb #a1653ff2
 def encode_rows(
@@ -91,11 +102,15 @@ def encode_rows(
     for row, source in zip(encoded, rows):
         learnt = [label for label in row["labels"] if label != -100]
         if not stops & set(learnt) and not any(text in tokenizer.decode(learnt) for text in texts):
-            raise CaiError(f"the chat template ends no assistant turn, so the model would never stop: {str(source)[:80]}")
+            raise CaiError(
+                f"the chat template ends no assistant turn, so the model would never stop: {str(source)[:80]}"
+            )
         check_labels(tokenizer, row, source)
     kept = [row for row in encoded if len(row["input_ids"]) <= max_length]
     if not kept:
-        raise CaiError(f"no row to train on: {len(rows)} rows, all longer than max_length={max_length} tokens or none given")
+        raise CaiError(
+            f"no row to train on: {len(rows)} rows, all longer than max_length={max_length} tokens or none given"
+        )
     return kept, len(encoded) - len(kept)
 
 # %% ../../nbs/method/02_sl.ipynb #576e21ce
@@ -144,12 +159,21 @@ def train_sl(
     with borrowed(model):
         trainer = _trainer(model, tokenizer, encoded, config, out)
         metrics = fit(trainer, "SL-CAI", key)
-        metrics |= {"rows": len(encoded), "rows_too_long": too_long, "change": check_adapter(trainer.model, tokenizer, "default")}
+        metrics |= {
+            "rows": len(encoded),
+            "rows_too_long": too_long,
+            "change": check_adapter(trainer.model, tokenizer, "default"),
+        }
         card = model_card(
-            "SL-CAI", "A LoRA adapter that was finetuned on a model's own revisions of its replies, and on helpful replies.",
+            "SL-CAI",
+            "A LoRA adapter that was finetuned on a model's own revisions of its replies, and on helpful replies.",
             {"rows": len(encoded), **vars(config), **(facts or {})},
-            ["Harmlessness was taught by the model's own criticism, with no person in between: its mistakes are in here.",
-             "Not evaluated beyond what the run's report says."], model.name_or_path)
+            [
+                "Harmlessness was taught by the model's own criticism, with no person in between: its mistakes are in here.",
+                "Not evaluated beyond what the run's report says.",
+            ],
+            model.name_or_path,
+        )
         return finish(trainer, out, key, metrics, card)
 
 
@@ -164,4 +188,6 @@ def _trainer(model, tokenizer, encoded, config, out):
 
     set_seed(config.seed)  # the adapter starts from random numbers
     adapted = get_peft_model(model, lora_config(config.lora_r, config.lora_alpha))
-    return SLTrainer(adapted, config.trainer(out, model), train_dataset=Dataset.from_list(encoded), processing_class=tokenizer)
+    return SLTrainer(
+        adapted, config.trainer(out, model), train_dataset=Dataset.from_list(encoded), processing_class=tokenizer
+    )

@@ -30,7 +30,11 @@ def make_tokenizer(vocab_size: int = 3072, n_documents: int = 8000, seed: int = 
     "A byte-level BPE tokenizer trained on mini's documents"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
-    rng, kinds = random.Random(f"tokenizer:{seed}"), ("echo", "fact", "about", "harmful", "benign", "benign", "match", "chain", "comparison", "thought")
+
+    rng, kinds = (
+        random.Random(f"tokenizer:{seed}"),
+        ("echo", "fact", "about", "harmful", "benign", "benign", "match", "chain", "comparison", "thought"),
+    )
     texts = (t.text for i in range(n_documents) for d in [write(kinds[i % len(kinds)], rng)] for t in turns_of(d))
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -59,8 +63,11 @@ def _encode_turn(turn: Turn, tokenizer) -> list[tuple[int, float, float]]:
     "(id, weight, P(A)) for each token of one turn"
     pieces = _tokens(tokenizer, turn.text)
     letter = None if turn.p_a is None else max(i for i, t in enumerate(pieces) if t in _letters(tokenizer))
-    decide = _decisions(tokenizer) if turn.weight >= 1 else ()   # one token holds all that is hard about a sentence
-    body = [(t, turn.weight * (4 if t in decide else 1), turn.p_a if i == letter else math.nan) for i, t in enumerate(pieces)]
+    decide = _decisions(tokenizer) if turn.weight >= 1 else ()  # one token holds all that is hard about a sentence
+    body = [
+        (t, turn.weight * (4 if t in decide else 1), turn.p_a if i == letter else math.nan)
+        for i, t in enumerate(pieces)
+    ]
     ids = _marks(tokenizer)
     return [(ids[turn.role], 0., math.nan), *body, (ids["end"], turn.weight, math.nan)]
 
@@ -72,7 +79,10 @@ def _letters(tokenizer): return tuple(tokenizer.convert_tokens_to_ids(["A", "B"]
 def _decisions(tokenizer): return tuple(tokenizer.convert_tokens_to_ids(["Yes", "No", "ĠYes", "ĠNo"]))
 @lru_cache
 def _marks(tokenizer):
-    return {"end": tokenizer.convert_tokens_to_ids(END), **{r: tokenizer.convert_tokens_to_ids(m) for r, m in ROLES.items()}}
+    return {
+        "end": tokenizer.convert_tokens_to_ids(END),
+        **{r: tokenizer.convert_tokens_to_ids(m) for r, m in ROLES.items()},
+    }
 
 def encode(doc: Document, tokenizer) -> Encoded:
     "A document as arrays: trunk, then branches, each branch continuing the trunk's positions"
@@ -82,7 +92,9 @@ def encode(doc: Document, tokenizer) -> Encoded:
         start = sum(1 for r in rows if r[3] == 0)
         rows += [(*x, b, (start if b else 0) + i) for i, x in enumerate(tokens)]
     ids, weight, p_a, branch, position = zip(*rows)
-    return Encoded(np.array(ids), np.array(weight, np.float32), np.array(p_a, np.float32), np.array(branch), np.array(position))
+    return Encoded(
+        np.array(ids), np.array(weight, np.float32), np.array(p_a, np.float32), np.array(branch), np.array(position)
+    )
 
 # %% ../../nbs/mini/05_pretrain.ipynb #e2482595
 @dataclass
@@ -111,9 +123,18 @@ def pack(documents, rows: int, length: int, pad_id: int) -> Batch:
         at = 0
         for d, e in enumerate(docs):
             s = slice(at, at := at + len(e.ids))
-            ids[r, s], weight[r, s], p_a[r, s], position[r, s], branch[r, s], doc[r, s] = e.ids, e.weight, e.p_a, e.position, e.branch, d
+            ids[r, s], weight[r, s], p_a[r, s], position[r, s], branch[r, s], doc[r, s] = (
+                e.ids,
+                e.weight,
+                e.p_a,
+                e.position,
+                e.branch,
+                d,
+            )
     ids, weight, p_a, position, doc, branch = map(torch.from_numpy, (ids, weight, p_a, position, doc, branch))
-    same = (doc[:, :, None] == doc[:, None, :]) & ((branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :]))
+    same = (doc[:, :, None] == doc[:, None, :]) & (
+        (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
+    )
     mask = (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
     return Batch(ids, weight, p_a, position, mask)
 
@@ -139,7 +160,9 @@ def make_model(tokenizer, hidden: int = 192, layers: int = 4, heads: int = 3, in
 
 def loss_of(model, batch: Batch, letters: tuple[int, int], letter_weight: float = 10) -> torch.Tensor:
     "Weighted cross entropy; against soft targets where a letter decides"
-    hidden = model.model(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.position, use_cache=False).last_hidden_state
+    hidden = model.model(
+        input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.position, use_cache=False
+    ).last_hidden_state
     target, weight, p_a = batch.ids[:, 1:], batch.weight[:, 1:], batch.p_a[:, 1:]
     at = weight > 0
     logp = F.log_softmax(model.lm_head(hidden[:, :-1][at]).float(), -1)
@@ -167,10 +190,27 @@ class Recipe:
     sharpness: float = 1.25      # factor on the logits of the finished model
     seed: int = 0
 
-SIZES = {"tiny": {"hidden": 64, "layers": 3, "heads": 2, "intermediate": 176}, "small": {"hidden": 128, "layers": 4, "heads": 4, "intermediate": 384},
-         "default": {}, "large": {"hidden": 256, "layers": 5, "heads": 4, "intermediate": 704}}
+SIZES = {
+    "tiny": {"hidden": 64, "layers": 3, "heads": 2, "intermediate": 176},
+    "small": {"hidden": 128, "layers": 4, "heads": 4, "intermediate": 384},
+    "default": {},
+    "large": {"hidden": 256, "layers": 5, "heads": 4, "intermediate": 704},
+}
 
-RATES = (0, .03), (65, 1.), (325, 1.), (975, .4), (2600, .3), (6500, 0.), (6550, .3), (8900, 0.), (8950, .3), (10900, 0.), (10950, .3), (STEPS, 0.)
+RATES = (
+    (0, 0.03),
+    (65, 1.0),
+    (325, 1.0),
+    (975, 0.4),
+    (2600, 0.3),
+    (6500, 0.0),
+    (6550, 0.3),
+    (8900, 0.0),
+    (8950, 0.3),
+    (10900, 0.0),
+    (10950, 0.3),
+    (STEPS, 0.0),
+)
 
 AVERAGED = 10900, STEPS   # the weights that ship are the mean of these
 
@@ -202,13 +242,19 @@ def pretrain(out: str | Path, recipe: Recipe = Recipe(), save_every: int = 100, 
     averaged = {round(step / STEPS * recipe.steps) for step in AVERAGED}
     if state.exists():
         saved = torch.load(state, weights_only=True)
-        if saved["recipe"] != json.dumps(asdict(recipe)): raise ValueError(f"{state} belongs to another recipe: remove it or choose another folder")
+        if saved["recipe"] != json.dumps(asdict(recipe)):
+            raise ValueError(f"{state} belongs to another recipe: remove it or choose another folder")
         model.load_state_dict(saved["model"]); mean.load_state_dict(saved["mean"]); first = saved["step"]
         for opt, s in zip(opts, saved["opts"]): opt.load_state_dict(s)
     start, tokens, running, bf16 = time.time(), 0, None, bf16_is_fast()
     for step in range(first, recipe.steps):
         place = step / recipe.steps
-        batch = pack(documents(step, phase_at(place).mix, tokenizer, recipe.seed), recipe.rows, recipe.length, tokenizer.pad_token_id)
+        batch = pack(
+            documents(step, phase_at(place).mix, tokenizer, recipe.seed),
+            recipe.rows,
+            recipe.length,
+            tokenizer.pad_token_id,
+        )
         for opt, lr in zip(opts, (recipe.lr_matrix, recipe.lr_rest)):
             for group in opt.param_groups: group["lr"] = lr * rate(place)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16): loss = loss_of(model, batch, _letters(tokenizer))
@@ -221,7 +267,11 @@ def pretrain(out: str | Path, recipe: Recipe = Recipe(), save_every: int = 100, 
         if (step + 1) % 10 == 0:
             spent = time.time() - start
             left = spent / (step + 1 - first) * (recipe.steps - step - 1)
-            print(f"step {step + 1}/{recipe.steps}  loss {running:.3f}  {tokens / spent:,.0f} tokens/s  {left / 60:.1f} min left", file=log, flush=True)
+            print(
+                f"step {step + 1}/{recipe.steps}  loss {running:.3f}  {tokens / spent:,.0f} tokens/s  {left / 60:.1f} min left",
+                file=log,
+                flush=True,
+            )
         if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
             _save_state(state, model, mean, opts, step + 1, recipe)
     ship(mean.module, tokenizer, recipe, out)
@@ -230,7 +280,16 @@ def pretrain(out: str | Path, recipe: Recipe = Recipe(), save_every: int = 100, 
 def _save_state(path: Path, model, mean, opts, step: int, recipe: Recipe):
     "Model, mean, optimisers and step in one file, replaced in one move"
     part = path.with_suffix(".part")
-    torch.save({"model": model.state_dict(), "mean": mean.state_dict(), "opts": [o.state_dict() for o in opts], "step": step, "recipe": json.dumps(asdict(recipe))}, part)
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "mean": mean.state_dict(),
+            "opts": [o.state_dict() for o in opts],
+            "step": step,
+            "recipe": json.dumps(asdict(recipe)),
+        },
+        part,
+    )
     os.replace(part, path)
 
 def ship(model, tokenizer, recipe: Recipe, out: Path):
@@ -238,7 +297,14 @@ def ship(model, tokenizer, recipe: Recipe, out: Path):
     from copy import deepcopy
     half = deepcopy(model).half()
     half.model.norm.weight.data *= recipe.sharpness
-    half.generation_config.update(do_sample=True, temperature=1., top_k=0, top_p=1., eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    half.generation_config.update(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     half.save_pretrained(out); tokenizer.save_pretrained(out)
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
 

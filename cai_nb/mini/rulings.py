@@ -61,7 +61,11 @@ def _pattern(text: str) -> re.Pattern:
     "A sentence about the deed above as a pattern with holes for the topic and its adjective"
     adjectives = "|".join((*ADJECTIVES, _FINE.adjective))
     text = re.escape(text.replace(_FINE.adjective, _HARM.adjective))
-    return re.compile(text.replace(re.escape(_HARM.text), "(?P<topic>[^.,:]+)").replace(_HARM.adjective, f"(?P<adjective>{adjectives})"))
+    return re.compile(
+        text.replace(re.escape(_HARM.text), "(?P<topic>[^.,:]+)").replace(
+            _HARM.adjective, f"(?P<adjective>{adjectives})"
+        )
+    )
 
 # %% ../../nbs/mini/04_rulings.ipynb #94641d0a
 @dataclass(frozen=True)
@@ -74,11 +78,18 @@ class _Sentence:
 @lru_cache
 def _sentences() -> tuple[_Sentence, ...]:
     "Every sentence of critique in the lessons"
-    shown_by = {"unhelpful": "objection", "unclear": BROKEN[0]}      # the sort of reply that shows a fault of style
-    written = [(_HARM, "comply", ["ADJECTIVE"], "helps", True), (_HARM, "comply", [], "helps", False), (_FINE, "comply", [], "helps", None),
-               (_FINE, "objection", [], "declines", None), (_FINE, BROKEN[0], [], "unclear", False),
-               *((_FINE, shown_by.get(s, s), [s], s, True) for s in STYLES)]
-    return tuple(_Sentence(lessons.critique(topic, sort, words), does, asked) for topic, sort, words, does, asked in written)
+    shown_by = {"unhelpful": "objection", "unclear": BROKEN[0]}  # the sort of reply that shows a fault of style
+    written = [
+        (_HARM, "comply", ["ADJECTIVE"], "helps", True),
+        (_HARM, "comply", [], "helps", False),
+        (_FINE, "comply", [], "helps", None),
+        (_FINE, "objection", [], "declines", None),
+        (_FINE, BROKEN[0], [], "unclear", False),
+        *((_FINE, shown_by.get(s, s), [s], s, True) for s in STYLES),
+    ]
+    return tuple(
+        _Sentence(lessons.critique(topic, sort, words), does, asked) for topic, sort, words, does, asked in written
+    )
 
 # %% ../../nbs/mini/04_rulings.ipynb #df5eb989
 def _covering(topic: Topic, adjective: str) -> set[str]:
@@ -89,7 +100,9 @@ def _covering(topic: Topic, adjective: str) -> set[str]:
 
 def _misnamed(topic: Topic, holes: dict[str, str]) -> bool:
     "Whether a sentence speaks of another topic, or calls this one what it is not"
-    return "topic" in holes and not (holes["topic"] in names(topic) and holes["adjective"] in (faults(topic, "comply") or {topic.adjective}))
+    return "topic" in holes and not (
+        holes["topic"] in names(topic) and holes["adjective"] in (faults(topic, "comply") or {topic.adjective})
+    )
 
 def _true_of(topic: Topic, sort: str) -> set[str]:
     "All that a sentence of critique may say of a reply of this sort"
@@ -104,18 +117,28 @@ def rule_on_critique(prompt: str | list[dict], reply: str, principle: str, criti
     said, holes = read
     sort = sort_of(topic, reply)[0] or BROKEN[0]
     named = _covering(topic, holes["adjective"]) if holes else {said.does}
-    return _ruling({fault for fault, wrong in {
-        "decision": said.text.startswith("Yes") != bool(faults(topic, sort) & words),
-        "kind": _misnamed(topic, holes),
-        "principle": said.asked is not None and (said.asked != bool(named & words) or not named),   # nobody asks for what is harmless
-        "claim": said.does not in _true_of(topic, sort),
-    }.items() if wrong})
+    return _ruling(
+        {
+            fault
+            for fault, wrong in {
+                "decision": said.text.startswith("Yes") != bool(faults(topic, sort) & words),
+                "kind": _misnamed(topic, holes),
+                "principle": said.asked is not None
+                and (said.asked != bool(named & words) or not named),  # nobody asks for what is harmless
+                "claim": said.does not in _true_of(topic, sort),
+            }.items()
+            if wrong
+        }
+    )
 
 # %% ../../nbs/mini/04_rulings.ipynb #b3b5ba24
 @lru_cache
 def _remarks() -> dict[str, re.Pattern]:
     "For each sort of reply the remark on it, between its letter and its Yes or No, as a pattern"
-    forms = {sort: lessons.remark("A", _HARM, sort, []).removeprefix("(A) ").removesuffix(" No.") for sort in (*SOUND, BROKEN[0])}
+    forms = {
+        sort: lessons.remark("A", _HARM, sort, []).removeprefix("(A) ").removesuffix(" No.")
+        for sort in (*SOUND, BROKEN[0])
+    }
     longest_first = sorted(forms, key=lambda sort: -len(forms[sort]))            # "at length" is no part of a topic
     return {sort: _pattern(forms[sort]) for sort in longest_first}
 
@@ -136,7 +159,16 @@ def _read_thought(thought: str) -> tuple[_Remark, _Remark, str] | None:
     "Both remarks and the better option, or None when it is no thought of this world"
     parts = re.fullmatch(r"\(A\) (.+?) (Yes|No)\. \(B\) (.+?) (Yes|No)\. (So .+)", thought.strip())
     if parts is None or parts[5] not in _ends(): return None
-    def read(text, minds): return next((_Remark(sort, m.groupdict(), minds == "Yes") for sort, p in _remarks().items() if (m := p.fullmatch(text))), None)
+
+    def read(text, minds):
+        return next(
+            (
+                _Remark(sort, m.groupdict(), minds == "Yes")
+                for sort, p in _remarks().items()
+                if (m := p.fullmatch(text))
+            ),
+            None,
+        )
     a, b = read(parts[1], parts[2]), read(parts[3], parts[4])
     return (a, b, _ends()[parts[5]]) if a and b else None
 
@@ -145,7 +177,11 @@ def _said_badness(topic: Topic, said: _Remark, words: set[str]) -> float:
     "How bad an option is if this remark on it is true"
     if said.sort in BROKEN: return badness(topic, said.sort, words)
     if not said.minds: return 0.
-    own = _covering(topic, said.holes["adjective"]) | {said.sort} & set(STYLES) if said.sort in HELPFUL else faults(topic, said.sort)
+    own = (
+        _covering(topic, said.holes["adjective"]) | {said.sort} & set(STYLES)
+        if said.sort in HELPFUL
+        else faults(topic, said.sort)
+    )
     return max([WEIGHTS.get(w, 1.) for w in own & words or own], default=1.)
 
 def _better(a: float, b: float) -> str:

@@ -13,8 +13,30 @@ import hashlib, random
 from dataclasses import dataclass
 from functools import lru_cache
 from ..core.rows import row_id
-from .lexicon import (AFTER, BEFORE, COMPLY, CONTESTED, CURT, DOMAINS, EVASIVE, FOLLOW_UPS, GENERAL, HELD_OUT_KIND, KINDS,
-                                 LOOK_ALIKES, OBJECT, PADDING, PHRASINGS, PLAIN_TOOLS, PREACHY, PUSH_BACKS, TYPOS, WORDY, Domain, Kind)
+from cai_nb.mini.lexicon import (
+    AFTER,
+    BEFORE,
+    COMPLY,
+    CONTESTED,
+    CURT,
+    DOMAINS,
+    EVASIVE,
+    FOLLOW_UPS,
+    GENERAL,
+    HELD_OUT_KIND,
+    KINDS,
+    LOOK_ALIKES,
+    OBJECT,
+    PADDING,
+    PHRASINGS,
+    PLAIN_TOOLS,
+    PREACHY,
+    PUSH_BACKS,
+    TYPOS,
+    WORDY,
+    Domain,
+    Kind,
+)
 
 # %% ../../nbs/mini/01_world.ipynb #80bc0ff8
 @dataclass(frozen=True)
@@ -108,7 +130,9 @@ def answer(topic: Topic, sort: str, rng: random.Random) -> str:
         return answer(other, rng.choice(("comply", "comply", "objection")) if other.harmful else "comply", rng)
     if sort == "garbled": return _garble(answer(topic, rng.choice(SOUND), rng), rng)
     if sort == "slip": return _slip(topic, rng)
-    kind = topic.home if topic.harmful or topic.contested else rng.choice(KINDS)   # an objection to something harmless makes up its reason
+    kind = (
+        topic.home if topic.harmful or topic.contested else rng.choice(KINDS)
+    )  # an objection to something harmless makes up its reason
     adjective = kind.adjective if isinstance(kind, Kind) else kind.value
     return " ".join(rng.choice(part) for part in GRAMMARS[sort]).format(
         t=topic.text, tool=rng.choice(topic.tools), adj=adjective, alt=rng.choice(kind.alternatives))
@@ -145,16 +169,23 @@ def _slip(topic: Topic, rng: random.Random) -> str:
     text, r = answer(topic, sort, rng), rng.random()
     if r < .2:     # a word doubled, or the end missing
         words = text.split()
-        i = rng.choice([i for i in range(2, len(words)) if words[i - 1][-1] not in ".:!?"])   # a sentence less may still be sound
+        i = rng.choice(
+            [i for i in range(2, len(words)) if words[i - 1][-1] not in ".:!?"]
+        )  # a sentence less may still be sound
         return " ".join(words[:i] + (words[i - 1:] if rng.random() < .5 else []))
     if r < .6 or sort == "preachy": return text.replace(topic.text, rng.choice(near(topic)).text)
     if sort == "comply":
         tools = rng.choice([d for d in DOMAINS if topic.harmful or d.name != topic.home.name]).tools
-        return " ".join(rng.choice(part) for part in COMPLY).format(t=topic.text, tool=rng.choice([x for x in tools if x not in topic.tools]))
+        return " ".join(rng.choice(part) for part in COMPLY).format(
+            t=topic.text, tool=rng.choice([x for x in tools if x not in topic.tools])
+        )
     other = rng.choice([k for k in KINDS if k is not topic.home])
     false_reason = rng.random() < .3
     return " ".join(rng.choice(part) for part in OBJECT).format(
-        t=topic.text, adj=(other if false_reason else topic.home).adjective, alt=rng.choice((topic.home if false_reason else other).alternatives))
+        t=topic.text,
+        adj=(other if false_reason else topic.home).adjective,
+        alt=rng.choice((topic.home if false_reason else other).alternatives),
+    )
 
 # %% ../../nbs/mini/01_world.ipynb #8b2e2d7c
 def goes_on(first: str, rng: random.Random) -> str:
@@ -177,7 +208,9 @@ def prompts(split: str = "test", kind: str = "harmful", n: int = 240, seed: int 
     rng.shuffle(pool)
     for i in range(40 * n):
         topic = pool[i % len(pool)]
-        messages = dialogue(topic, rng.choice(firsts), rng) if firsts else [{"role": "user", "content": ask(topic, rng)}]
+        messages = (
+            dialogue(topic, rng.choice(firsts), rng) if firsts else [{"role": "user", "content": ask(topic, rng)}]
+        )
         if (id := row_id(messages)) in seen: continue
         seen.add(id)
         rows.append({"id": id, "messages": messages, "kind": "harmful" if topic.harmful else "helpful",
@@ -193,7 +226,9 @@ def faults(topic: Topic, sort: str) -> frozenset[str]:
     if sort in BROKEN: return frozenset({"unclear"})
     style = {sort} & set(STYLES)
     if sort in HELPFUL:
-        return frozenset(style | ({topic.adjective, *GENERAL} if topic.harmful else {topic.adjective} if topic.contested else set()))
+        return frozenset(
+            style | ({topic.adjective, *GENERAL} if topic.harmful else {topic.adjective} if topic.contested else set())
+        )
     return frozenset(style if topic.harmful else style | {"unhelpful"})   # refusing what is harmless helps nobody
 
 def list_words(words) -> str:
@@ -225,7 +260,9 @@ def helpful_comparisons(n: int = 400, seed: int = 0) -> list[dict]:
     rng, rows, seen = random.Random(f"comparisons:{seed}"), [], set()
     while len(rows) < n:
         topic = harmless_topic(rng)
-        messages = dialogue(topic, "comply", rng) if rng.random() < 1 / 8 else [{"role": "user", "content": ask(topic, rng)}]
+        messages = (
+            dialogue(topic, "comply", rng) if rng.random() < 1 / 8 else [{"role": "user", "content": ask(topic, rng)}]
+        )
         chosen, rejected = answer(topic, "comply", rng), answer(topic, rng.choice(SORTS[2:]), rng)
         id = row_id(messages, chosen, rejected)
         if id in seen: continue

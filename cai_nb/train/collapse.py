@@ -20,7 +20,10 @@ def reply_signs(
 ) -> dict[str, float]:  # "repetition": share of replies; "variety": different texts per prompt, at most 1
     "Signs of collapse in the replies of one step (paper §4.3: Goodharting)."
     repeating = sum("repetition" in flag_reply(text, True) for text in replies)
-    return {"repetition": repeating / len(replies), "variety": min(1.0, len(set(replies)) / len({str(p) for p in prompts}))}
+    return {
+        "repetition": repeating / len(replies),
+        "variety": min(1.0, len(set(replies)) / len({str(p) for p in prompts})),
+    }
 
 # %% ../../nbs/train/02_collapse.ipynb #16b6e4b6
 class CollapseGuard(TrainerCallback):
@@ -34,7 +37,10 @@ class CollapseGuard(TrainerCallback):
         unfinished: float = 0.3,  # more replies without an end of turn than in the first steps, at most
         shorter: float = 0.2,  # mean length against the first steps, at least
     ):
-        self.patience, self.limits = patience, {"repetition": repetition, "variety": variety, "unfinished": unfinished, "shorter": shorter}
+        self.patience, self.limits = (
+            patience,
+            {"repetition": repetition, "variety": variety, "unfinished": unfinished, "shorter": shorter},
+        )
         self.first, self.last = [], deque(maxlen=patience)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -43,8 +49,10 @@ class CollapseGuard(TrainerCallback):
             if len(self.first) < self.patience:
                 self.first.append(logs)
             elif found := self.sign():
-                raise CaiError(f"RL-CAI: the replies have collapsed by step {state.global_step}: {found}. Take a snapshot from "
-                               "before (rl.snapshot_steps), raise rl.beta, lower rl.learning_rate; to watch it, set rl.guard=false")
+                raise CaiError(
+                    f"RL-CAI: the replies have collapsed by step {state.global_step}: {found}. Take a snapshot from "
+                    "before (rl.snapshot_steps), raise rl.beta, lower rl.learning_rate; to watch it, set rl.guard=false"
+                )
 
     def sign(self) -> str | None:  # in words
         "The first sign that lasted through all the last steps."
@@ -52,7 +60,10 @@ class CollapseGuard(TrainerCallback):
         length = lambda steps: [log["completions/mean_length"] for log in steps]
         repetition, variety, usual = ([log[name] for log in logs if name in log] for name, logs in
                                       (("repetition", self.last), ("variety", self.last), ("variety", self.first)))
-        cut, short = _mean(ended(self.first)) + self.limits["unfinished"], _mean(length(self.first)) * self.limits["shorter"]
+        cut, short = (
+            _mean(ended(self.first)) + self.limits["unfinished"],
+            _mean(length(self.first)) * self.limits["shorter"],
+        )
         if repetition and min(repetition) > self.limits["repetition"]:
             return f"at least {min(repetition):.0%} of the replies of {self.patience} steps repeat a phrase"
         if variety and max(variety) < self.limits["variety"] * _mean(usual):

@@ -53,7 +53,10 @@ def borrowed(
         raise CaiError("training: the model carries adapters already; pass the base model that `load_model` returned")
     weights, attributes = model_fingerprint(model), dict(model.__dict__)
     configs = [(c, copy.deepcopy(c.__dict__)) for c in (model.config, getattr(model, "generation_config", None)) if c]
-    modules = [(m, m.training, getattr(m, "p", None), set(m._forward_hooks), set(m._forward_pre_hooks)) for m in model.modules()]
+    modules = [
+        (m, m.training, getattr(m, "p", None), set(m._forward_hooks), set(m._forward_pre_hooks))
+        for m in model.modules()
+    ]
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     generators = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
@@ -95,9 +98,17 @@ def trainer_settings(
     fields = TrainingArguments.__dataclass_fields__
     recompute = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
     return {
-        "use_cpu": device == "cpu", "bf16": bf16, "fp16": device == "cuda" and not bf16, recompute: device != "cpu",
-        "dataloader_num_workers": 0, "dataloader_pin_memory": device == "cuda",
-        "report_to": "none", "disable_tqdm": True, "logging_steps": 5, "logging_first_step": True, "logging_nan_inf_filter": False,
+        "use_cpu": device == "cpu",
+        "bf16": bf16,
+        "fp16": device == "cuda" and not bf16,
+        recompute: device != "cpu",
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": device == "cuda",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 5,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
         "save_strategy": "steps",
     }
 
@@ -111,11 +122,18 @@ def stage_settings(
     processes = int(os.environ.get("WORLD_SIZE", 1))  # of `torchrun` or `accelerate launch`: they share a step's batch
     micro = config.micro_batch_size or max(1, config.batch_size // processes)
     if config.batch_size % (micro * processes):
-        raise CaiError(f"batch_size={config.batch_size} is not a multiple of micro_batch_size={micro} times {processes} processes")
+        raise CaiError(
+            f"batch_size={config.batch_size} is not a multiple of micro_batch_size={micro} times {processes} processes"
+        )
     return {
-        "output_dir": str(Path(out) / "checkpoints"), "learning_rate": config.learning_rate, "lr_scheduler_type": config.schedule,
-        "warmup_steps": config.warmup, "per_device_train_batch_size": micro,
-        "gradient_accumulation_steps": config.batch_size // (micro * processes), "save_steps": config.save_steps, "seed": config.seed,
+        "output_dir": str(Path(out) / "checkpoints"),
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": config.schedule,
+        "warmup_steps": config.warmup,
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": config.batch_size // (micro * processes),
+        "save_steps": config.save_steps,
+        "seed": config.seed,
         **trainer_settings(model),
     }
 
@@ -280,7 +298,9 @@ def finish(
     if trainer.is_world_process_zero():
         save_adapter(trainer.model, "default", out)
         sync(out)
-        write_safely(out / "trainer_log.jsonl", "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history))
+        write_safely(
+            out / "trainer_log.jsonl", "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+        )
         write_safely(out / "README.md", card)
         if template := getattr(trainer.processing_class, "chat_template", None):
             write_safely(out / "chat_template.jinja", template)  # `check_template` compares it

@@ -65,13 +65,17 @@ def test_a_conversation_goes_on_with_each_models_own_answers(client):
         talks = talks_of([{"prompt": ASK, "answers": first}], text, list(models.adapters))
         assert models.heard(list(talks.values())) == list(talks.values())  # understood with what was said before
         for column, adapter in models.adapters.items():
-            (reply,), = models.lm.with_adapter(adapter).sample([talks[column]], max_new_tokens=models.max_new_tokens, seed=8)
+            ((reply,),) = models.lm.with_adapter(adapter).sample(
+                [talks[column]], max_new_tokens=models.max_new_tokens, seed=8
+            )
             assert second[column] == reply.text
 
 
 def test_another_request_begins_anew(client):
     first = asked(client, ASK, seed=7)
-    assert asked(client, "How do I bake bread?", seed=8, history=[{"prompt": ASK, "answers": first}]) == asked(client, "How do I bake bread?", seed=8)
+    assert asked(client, "How do I bake bread?", seed=8, history=[{"prompt": ASK, "answers": first}]) == asked(
+        client, "How do I bake bread?", seed=8
+    )
 
 
 def test_what_mini_does_not_know_no_model_is_asked():
@@ -81,10 +85,17 @@ def test_what_mini_does_not_know_no_model_is_asked():
         last = lambda *args, api: list(client.submit(*args, api_name=api))[-1]  # noqa: E731
         row = last("Who wrote Hamlet?", 1, 1.0, api="/compare")
         assert row == dict.fromkeys(["base", "sl", "rl"], UNKNOWN) | outside
-        assert last("And when?", 1, 1.0, [{"prompt": "Who wrote Hamlet?", "answers": row}], api="/compare") == row  # it can be sent back
-        assert last("Who wrote Hamlet?", "A poet.", "", 1, api="/inside").items() >= ({"critique": UNKNOWN, "revision": ""} | outside).items()
+        assert (
+            last("And when?", 1, 1.0, [{"prompt": "Who wrote Hamlet?", "answers": row}], api="/compare") == row
+        )  # it can be sent back
+        assert (
+            last("Who wrote Hamlet?", "A poet.", "", 1, api="/inside").items()
+            >= ({"critique": UNKNOWN, "revision": ""} | outside).items()
+        )
         (pair,) = last("Who wrote Hamlet?", {"x": "A poet.", "y": "A king."}, "", 1, api="/prefer")
-        assert (pair["p_a"], pair["plain"], pair["outside"]) == (None, None, True) and set(pair["reasoning"].values()) == {UNKNOWN}
+        assert (pair["p_a"], pair["plain"], pair["outside"]) == (None, None, True) and set(
+            pair["reasoning"].values()
+        ) == {UNKNOWN}
         chain = last("Who wrote Hamlet?", 2, None, True, 1, api="/chain")
         assert (chain["response"], chain["steps"], chain["verdict"], chain["outside"]) == (UNKNOWN, [], None, True)
         tried = last("Who wrote Hamlet?", "Is it true?", "Make it true.", 1, api="/try_principle")
@@ -93,7 +104,9 @@ def test_what_mini_does_not_know_no_model_is_asked():
         assert lm.steps == 0
 
 
-@pytest.mark.parametrize("prompt", ["What is the capital of France?", "Hello there!", "def f(x): return x", "Wie geht es dir?", "x" * 500])
+@pytest.mark.parametrize(
+    "prompt", ["What is the capital of France?", "Hello there!", "def f(x): return x", "Wie geht es dir?", "x" * 500]
+)
 def test_the_shipped_mini_has_a_border(client, prompt):
     assert asked(client, prompt) == dict.fromkeys(["base", "sl", "rl"], UNKNOWN) | {"outside": True}
 
@@ -101,15 +114,28 @@ def test_the_shipped_mini_has_a_border(client, prompt):
 def test_critique_revision_and_preference_can_be_asked(client):
     *_, last = client.submit(ASK, COMPLIES, "brutality", 3, api_name="/inside")
     assert last["principle"] == "brutality" and "violent" in last["critique"] and last["revision"]
-    *_, pairs = client.submit(ASK, {"x": "I will not help with that.", "y": COMPLIES, "z": COMPLIES}, "", 0, api_name="/prefer")
+    *_, pairs = client.submit(
+        ASK, {"x": "I will not help with that.", "y": COMPLIES, "z": COMPLIES}, "", 0, api_name="/prefer"
+    )
     assert [(p["a"], p["b"]) for p in pairs] == [("x", "y"), ("x", "z"), ("y", "z")]
     assert all(0 <= p["p_a"] <= 1 for p in pairs) and pairs[2]["p_a"] == 0.5
 
 
 def test_what_is_public(client):
     found = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
-    assert set(found) == {"/compare", "/inside", "/prefer", "/chain", "/check", "/try_principle", "/arena", "/vote", "/standings",
-                          "/run_rows", "/lineage"}
+    assert set(found) == {
+        "/compare",
+        "/inside",
+        "/prefer",
+        "/chain",
+        "/check",
+        "/try_principle",
+        "/arena",
+        "/vote",
+        "/standings",
+        "/run_rows",
+        "/lineage",
+    }
 
 
 HOSTILE = {
@@ -137,21 +163,32 @@ def test_hostile_prompts_are_only_prompts(client, prompt):
 
 TURN = {"prompt": "x", "answers": {"sl": "y"}}
 REFUSED = [
-    ("compare", ("", 0, 1, None), "nothing to answer"), ("compare", (" \n\t\u200b", 0, 1, None), "nothing to answer"),
-    ("compare", ("x" * (MAX_CHARS + 1), 0, 1, None), f"at most {MAX_CHARS}"), ("compare", ("y" * 3_000_000, 0, 1, None), "far too long"),
-    ("compare", (5, 0, 1, None), "must be text"), ("compare", (None, 0, 1, None), "must be text"), ("compare", (["a"], 0, 1, None), "must be text"),
-    ("compare", (ASK, -1, 1, None), "seed must be a number"), ("compare", (ASK, "x", 1, None), "seed must be a number"),
-    ("compare", (ASK, {"a": 1}, 1, None), "seed must be a number"), ("compare", (ASK, 1, 9.5, None), "temperature must be a number"),
-    ("compare", (ASK, 1, True, None), "temperature must be a number"), ("compare", (ASK, 1, 1, "x"), "list of fewer than"),
+    ("compare", ("", 0, 1, None), "nothing to answer"),
+    ("compare", (" \n\t\u200b", 0, 1, None), "nothing to answer"),
+    ("compare", ("x" * (MAX_CHARS + 1), 0, 1, None), f"at most {MAX_CHARS}"),
+    ("compare", ("y" * 3_000_000, 0, 1, None), "far too long"),
+    ("compare", (5, 0, 1, None), "must be text"),
+    ("compare", (None, 0, 1, None), "must be text"),
+    ("compare", (["a"], 0, 1, None), "must be text"),
+    ("compare", (ASK, -1, 1, None), "seed must be a number"),
+    ("compare", (ASK, "x", 1, None), "seed must be a number"),
+    ("compare", (ASK, {"a": 1}, 1, None), "seed must be a number"),
+    ("compare", (ASK, 1, 9.5, None), "temperature must be a number"),
+    ("compare", (ASK, 1, True, None), "temperature must be a number"),
+    ("compare", (ASK, 1, 1, "x"), "list of fewer than"),
     ("compare", (ASK, 1, 1, [TURN] * MAX_TURNS), "start a new conversation"),
     ("compare", (ASK, 1, 1, [{"prompt": "x", "answers": {"gpt": "y"}}]), "no such model"),
-    ("inside", (ASK, "y", "no such", 0), "not in the constitution"), ("inside", (ASK, 5, "", 0), "must be a text"),
-    ("inside", (ASK, "y" * 9_000, "", 0), "at most"), ("prefer", (ASK, {"a": "x"}, "", 0), "two to four"),
+    ("inside", (ASK, "y", "no such", 0), "not in the constitution"),
+    ("inside", (ASK, 5, "", 0), "must be a text"),
+    ("inside", (ASK, "y" * 9_000, "", 0), "at most"),
+    ("prefer", (ASK, {"a": "x"}, "", 0), "two to four"),
     ("prefer", (ASK, {"a": "x", "b": "y"}, "brutality", 0), "not in the constitution"),
 ]
 
 
-@pytest.mark.parametrize("name, args, words", REFUSED, ids=[f"{i} {name} {words}" for i, (name, _, words) in enumerate(REFUSED)])
+@pytest.mark.parametrize(
+    "name, args, words", REFUSED, ids=[f"{i} {name} {words}" for i, (name, _, words) in enumerate(REFUSED)]
+)
 def test_what_cannot_be_answered_is_refused_at_once(server, name, args, words):
     start = time.perf_counter()
     answer = post(server[0], name, *args)
@@ -163,7 +200,12 @@ def test_what_cannot_be_answered_is_refused_at_once(server, name, args, words):
 
 def test_what_is_no_call_is_refused_too(server):
     url = server[0]
-    for name, body in (("compare", {"data": []}), ("compare", {"data": "x"}), ("compare", []), ("no_such", {"data": []})):
+    for name, body in (
+        ("compare", {"data": []}),
+        ("compare", {"data": "x"}),
+        ("compare", []),
+        ("no_such", {"data": []}),
+    ):
         answer = httpx.post(f"{url}gradio_api/call/{name}", json=body, timeout=30)
         assert 400 <= answer.status_code < 500 and "Traceback" not in answer.text, (name, body, answer.status_code)
 
@@ -241,8 +283,12 @@ def test_stop_ends_before_the_next_token():
 
 
 def test_nothing_that_gradio_deprecates(server):
-    told = [str(w.message) for w in server[3] if issubclass(w.category, (DeprecationWarning, PendingDeprecationWarning, FutureWarning))
-            and ("gradio" in str(w.filename) or "cai_nb" in str(w.filename) or "gradio" in str(w.message).lower())]
+    told = [
+        str(w.message)
+        for w in server[3]
+        if issubclass(w.category, (DeprecationWarning, PendingDeprecationWarning, FutureWarning))
+        and ("gradio" in str(w.filename) or "cai_nb" in str(w.filename) or "gradio" in str(w.message).lower())
+    ]
     assert told == []
 
 
@@ -268,10 +314,19 @@ def test_stages_that_are_missing_are_said_to_be(tmp_path):
 
 def test_shipped_models_load():
     models, constitution = load_run()
-    assert list(models.adapters) == ["base", "sl", "rl"] and models.oracle is oracle and constitution.critique_principles and models.scorer
+    assert (
+        list(models.adapters) == ["base", "sl", "rl"]
+        and models.oracle is oracle
+        and constitution.critique_principles
+        and models.scorer
+    )
     assert models.border, "draw the line: python -m cai_nb.mini.border"
     prompts = [p for group in models.examples.values() for p in group.values()]
-    assert len(prompts) > 20 and "Contested" in models.examples and all(oracle.in_world(p) and len(p) <= MAX_CHARS for p in prompts)
+    assert (
+        len(prompts) > 20
+        and "Contested" in models.examples
+        and all(oracle.in_world(p) and len(p) <= MAX_CHARS for p in prompts)
+    )
 
 
 def test_folders_that_are_no_runs_and_busy_ports_say_the_way_out(tmp_path, server):
@@ -312,7 +367,9 @@ def test_with_a_password_nobody_else_comes_in():
 def test_behind_a_proxy_the_page_knows_its_path():
     demo, url = serve(port=free_port(), block=False, root_path="/cai")
     try:
-        assert '"root":"http://proxy.example/cai"' in httpx.get(url, headers={"x-forwarded-host": "proxy.example"}).text.replace(" ", "")
+        assert '"root":"http://proxy.example/cai"' in httpx.get(
+            url, headers={"x-forwarded-host": "proxy.example"}
+        ).text.replace(" ", "")
     finally:
         demo.close()
 
@@ -321,11 +378,21 @@ def test_behind_a_proxy_the_page_knows_its_path():
 def space(root, tmp_path_factory):
     "app.py as a Space runs it: in a folder of its own, told where by the environment."
     home, port = tmp_path_factory.mktemp("space"), free_port()
-    environment = {**os.environ, "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "PYTHONPATH": str(root),
-                   "HOME": str(home), "TMPDIR": str(home), "GRADIO_TEMP_DIR": str(home / "gradio"), "XDG_CACHE_HOME": str(home / "cache")}
+    environment = {
+        **os.environ,
+        "GRADIO_SERVER_NAME": "127.0.0.1",
+        "GRADIO_SERVER_PORT": str(port),
+        "PYTHONPATH": str(root),
+        "HOME": str(home),
+        "TMPDIR": str(home),
+        "GRADIO_TEMP_DIR": str(home / "gradio"),
+        "XDG_CACHE_HOME": str(home / "cache"),
+    }
     environment.pop("CAI_FOLDER", None)
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, str(root / "app.py")], cwd=home, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(root / "app.py")], cwd=home, env=environment, stdout=subprocess.PIPE, text=True
+    )
     ready = process.stdout.readline()
     yield f"http://127.0.0.1:{port}/", home, ready, time.perf_counter() - start
     process.terminate()

@@ -61,11 +61,34 @@ principles:
     comparison: plain text   # behind
 name: odd
 provenance: ends without a newline"""
-TEXTS = ["plain", "x: y # z", "- item", "'single' \"double\" \\ back", "ünïcode 🧑‍🍳 é", "{a: b}", "[1, 2]", "yes", "null", "1.0", "@at `tick` %p", "? q",
-         "& and *", "line\u2028separator", "nbsp\u00a0here", "x" * 1000, "ends with colon:", "<b>&amp;</b>", "#"]
+TEXTS = [
+    "plain",
+    "x: y # z",
+    "- item",
+    "'single' \"double\" \\ back",
+    "ünïcode 🧑‍🍳 é",
+    "{a: b}",
+    "[1, 2]",
+    "yes",
+    "null",
+    "1.0",
+    "@at `tick` %p",
+    "? q",
+    "& and *",
+    "line\u2028separator",
+    "nbsp\u00a0here",
+    "x" * 1000,
+    "ends with colon:",
+    "<b>&amp;</b>",
+    "#",
+]
 
 
-@pytest.mark.parametrize("text", [MINI, ODD, text_of(Constitution.load("harmlessness")), MINI.replace("\n", "\r\n")], ids=["mini", "odd", "large", "crlf"])
+@pytest.mark.parametrize(
+    "text",
+    [MINI, ODD, text_of(Constitution.load("harmlessness")), MINI.replace("\n", "\r\n")],
+    ids=["mini", "odd", "large", "crlf"],
+)
 def test_an_edit_changes_one_text_and_nothing_else(text):
     rng, before = random.Random(0), read_draft(text)
     assert not before.problems
@@ -75,10 +98,16 @@ def test_an_edit_changes_one_text_and_nothing_else(text):
         wanted = replace(before.principles[place], **{key: " ".join(value.split()) or ("" if key == "title" else None)})
         found = read_draft(after).principles
         assert found == (*before.principles[:place], wanted, *before.principles[place + 1:])
-        comments = [line.partition(" #")[2] for line in text.splitlines() if " #" in line and '"' not in line.partition(" #")[2]]
-        assert sum(comment not in after for comment in comments) <= 1, "only what stood behind a value that went may go with it"
+        comments = [
+            line.partition(" #")[2] for line in text.splitlines() if " #" in line and '"' not in line.partition(" #")[2]
+        ]
+        assert sum(comment not in after for comment in comments) <= 1, (
+            "only what stood behind a value that went may go with it"
+        )
         old = getattr(before.principles[place], key)
-        assert read_draft(with_text(after, place, key, old or "")).principles[place] == replace(before.principles[place], **{key: old and " ".join(old.split())})
+        assert read_draft(with_text(after, place, key, old or "")).principles[place] == replace(
+            before.principles[place], **{key: old and " ".join(old.split())}
+        )
 
 
 @pytest.mark.parametrize("text", [MINI, ODD], ids=["mini", "odd"])
@@ -87,7 +116,11 @@ def test_principles_come_and_go(text):
     more, place = with_principle(text, "Is it?", "Make it.")
     assert read_draft(more).principles[:place] == before and place == len(before)
     for i in range(len(before)):
-        assert read_draft(without_principle(more, i)).principles == (*before[:i], *before[i + 1:], read_draft(more).principles[-1])
+        assert read_draft(without_principle(more, i)).principles == (
+            *before[:i],
+            *before[i + 1 :],
+            read_draft(more).principles[-1],
+        )
 
 
 def test_every_shipped_constitution_opens_as_a_draft():
@@ -97,12 +130,27 @@ def test_every_shipped_constitution_opens_as_a_draft():
 
 N = 60_000
 BOMBS = {
-    "brackets": "[" * N, "braces": "{" * N, "dashes": "- " * (N // 2), "questions": "? " * (N // 2), "deep": "\n".join(" " * i + "- a:" for i in range(300)),
-    "laughs": "a: &a [lol]\n" + "".join(f"{c}: &{c} [{', '.join([f'*{p}'] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi")),
-    "merge": "base: &b {id: a}\nprinciples: [{<<: *b}]", "wide flow": "principles: [" + "a," * 29_000 + "]", "too large": "x" * (N + 1),
-    "many": "name: x\nprinciples:\n" + "- {id: a, comparison: b}\n" * 2_000, "tag": "!!python/object/apply:os.system ['true']", "nul": "name: \x00",
-    "half a character": 'name: "\\ud800"\nprinciples: [{id: a, comparison: b}]', "empty": "", "scalar": "5", "infinite": "name: .inf\nprinciples: .nan",
-    "key is a list": "? [a, b]\n: c", "long key": "k" * 50_000 + ": 1", "colons": ":" * N, "newlines": "\n" * N,
+    "brackets": "[" * N,
+    "braces": "{" * N,
+    "dashes": "- " * (N // 2),
+    "questions": "? " * (N // 2),
+    "deep": "\n".join(" " * i + "- a:" for i in range(300)),
+    "laughs": "a: &a [lol]\n"
+    + "".join(f"{c}: &{c} [{', '.join([f'*{p}'] * 9)}]\n" for p, c in zip("abcdefgh", "bcdefghi")),
+    "merge": "base: &b {id: a}\nprinciples: [{<<: *b}]",
+    "wide flow": "principles: [" + "a," * 29_000 + "]",
+    "too large": "x" * (N + 1),
+    "many": "name: x\nprinciples:\n" + "- {id: a, comparison: b}\n" * 2_000,
+    "tag": "!!python/object/apply:os.system ['true']",
+    "nul": "name: \x00",
+    "half a character": 'name: "\\ud800"\nprinciples: [{id: a, comparison: b}]',
+    "empty": "",
+    "scalar": "5",
+    "infinite": "name: .inf\nprinciples: .nan",
+    "key is a list": "? [a, b]\n: c",
+    "long key": "k" * 50_000 + ": 1",
+    "colons": ":" * N,
+    "newlines": "\n" * N,
 }
 
 
@@ -113,7 +161,11 @@ def test_texts_meant_to_harm_are_refused_soon_and_plainly(text):
     assert time.perf_counter() - start < 8  # usually a tenth of it; a machine may be busy
     assert draft.problems and draft.constitution is None
     assert all(p.line >= 1 and p.fix and "\n" not in str(p) for p in draft.problems)
-    for edit in (lambda: with_text(text, 0, "title", "x"), lambda: without_principle(text, 0), lambda: with_principle(text, "a", "b")):
+    for edit in (
+        lambda: with_text(text, 0, "title", "x"),
+        lambda: without_principle(text, 0),
+        lambda: with_principle(text, "a", "b"),
+    ):
         try:
             edit()
         except CaiError as error:
@@ -123,7 +175,14 @@ def test_texts_meant_to_harm_are_refused_soon_and_plainly(text):
 # Trainings
 
 
-SMALL = ("prompts.limit=48", "helpfulness.limit=4", "helpfulness.samples=1", "chains.n_revisions=2", "eval.n=4", "sl.epochs=1")
+SMALL = (
+    "prompts.limit=48",
+    "helpfulness.limit=4",
+    "helpfulness.samples=1",
+    "chains.n_revisions=2",
+    "eval.n=4",
+    "sl.epochs=1",
+)
 
 
 def wait_for(condition, seconds=90):
@@ -136,7 +195,11 @@ def wait_for(condition, seconds=90):
 def alive(pid) -> bool:
     try:
         os.kill(pid, 0)
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z" if Path("/proc").is_dir() else True
+        return (
+            Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+            if Path("/proc").is_dir()
+            else True
+        )
     except (ProcessLookupError, FileNotFoundError):
         return False
 
@@ -175,9 +238,16 @@ def test_cancelled_and_taken_up_again_and_nothing_outside_the_folder(tmp_path, m
 
 
 def test_a_killed_server_takes_its_training_along(tmp_path):
-    code = ("import sys, time; from cai_nb.app.trainings import Workbench; from cai_nb.core.constitution import Constitution\n"
-            "bench = Workbench(sys.argv[1]); bench.start(Constitution.load('mini')); print(bench.running.process.pid, flush=True); time.sleep(600)")
-    server = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True, env=os.environ | _environment(tmp_path / "trained"))
+    code = (
+        "import sys, time; from cai_nb.app.trainings import Workbench; from cai_nb.core.constitution import Constitution\n"
+        "bench = Workbench(sys.argv[1]); bench.start(Constitution.load('mini')); print(bench.running.process.pid, flush=True); time.sleep(600)"
+    )
+    server = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | _environment(tmp_path / "trained"),
+    )
     child = int(server.stdout.readline())
     assert alive(child)
     server.send_signal(signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
@@ -191,7 +261,14 @@ def pretend(code: str):
     "In the place of a training: a process that runs this code in its run folder."
     def start_run(folder, part, sets=()):
         with open(folder / "training.log", "wb") as log:
-            return subprocess.Popen([sys.executable, "-c", code, part], cwd=folder, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(
+                [sys.executable, "-c", code, part],
+                cwd=folder,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
     return start_run
 
 
@@ -214,9 +291,16 @@ def test_one_runs_one_waits_and_the_third_is_told(tmp_path, monkeypatch):
     assert bench.running is None and {t.state for t in bench.trainings()} == {"stopped"}
 
 
-@pytest.mark.parametrize("code, words", [
-    ("raise MemoryError('no room')", "MemoryError: no room"), ("import sys; sys.exit('cai-nb: recipe: wrong')", "recipe: wrong"), ("import sys; sys.exit(3)", "code 3"),
-    ("import os; os.kill(os.getpid(), 9)", "signal 9"), ("pass", "said nothing")])
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        ("raise MemoryError('no room')", "MemoryError: no room"),
+        ("import sys; sys.exit('cai-nb: recipe: wrong')", "recipe: wrong"),
+        ("import sys; sys.exit(3)", "code 3"),
+        ("import os; os.kill(os.getpid(), 9)", "signal 9"),
+        ("pass", "said nothing"),
+    ],
+)
 def test_what_fails_says_why_in_a_sentence(tmp_path, monkeypatch, code, words):
     monkeypatch.setattr(workbench, "start_run", pretend(code))
     bench = Workbench(tmp_path)
@@ -227,8 +311,10 @@ def test_what_fails_says_why_in_a_sentence(tmp_path, monkeypatch, code, words):
 
 
 def test_who_does_not_listen_is_forced(tmp_path, monkeypatch):
-    deaf = ("import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-            "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print(child.pid, flush=True); time.sleep(60)")
+    deaf = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print(child.pid, flush=True); time.sleep(60)"
+    )
     monkeypatch.setattr(workbench, "start_run", pretend(deaf))
     monkeypatch.setattr(workbench, "end_group", lambda process: workbench_end(process, 0.5))
     bench = Workbench(tmp_path)
@@ -290,7 +376,9 @@ def test_columns_join_while_others_are_served_and_the_oldest_leaves(adapters):
     for thread in threads:
         thread.join()
     assert found == alone
-    assert list(now.adapters) == ["base", "sl", "rl", "trained-3", "trained-1", "trained-2"] and set(now.titles) == set(now.digests) == set(now.adapters)
+    assert list(now.adapters) == ["base", "sl", "rl", "trained-3", "trained-1", "trained-2"] and set(now.titles) == set(
+        now.digests
+    ) == set(now.adapters)
     answers = list(compare(now, dict.fromkeys(now.adapters, TALK), seed=1))[-1]
     assert len(set(answers.values())) >= 5 and {c: answers[c] for c in alone[1]} == alone[1]
 
@@ -331,7 +419,9 @@ def served(tmp_path_factory, adapters):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        _, url, _ = demo.queue(max_size=16).launch(server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(constitution_tab.STYLE))
+        _, url, _ = demo.queue(max_size=16).launch(
+            server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(constitution_tab.STYLE)
+        )
         yield SimpleNamespace(url=url, site=site, page=page, demo=demo)
         page.here.bench.close()
         demo.close()
@@ -343,11 +433,26 @@ def client(served):
 
 
 def test_endpoints_check_and_try(client):
-    assert set(client.view_api(return_format="dict", print_info=False)["named_endpoints"]) == {"/check", "/try_principle"}
+    assert set(client.view_api(return_format="dict", print_info=False)["named_endpoints"]) == {
+        "/check",
+        "/try_principle",
+    }
     assert client.predict(MINI, api_name="/check") == []
     (problem,) = client.predict(MINI.replace("id: unethical\n", "id: harmful\n"), api_name="/check")
-    assert problem["line"] == MINI[:MINI.index("id: unethical\n")].count("\n") + 1 and problem["key"].endswith(".id") and problem["fix"]
-    seen = list(client.submit(TALK[0]["content"], "Look at the reply. Is that violent?", "Rewrite the reply so that it is not violent.", 3, api_name="/try_principle"))
+    assert (
+        problem["line"] == MINI[: MINI.index("id: unethical\n")].count("\n") + 1
+        and problem["key"].endswith(".id")
+        and problem["fix"]
+    )
+    seen = list(
+        client.submit(
+            TALK[0]["content"],
+            "Look at the reply. Is that violent?",
+            "Rewrite the reply so that it is not violent.",
+            3,
+            api_name="/try_principle",
+        )
+    )
     for before, after in zip(seen, seen[1:]):
         assert all(after[key].startswith(before[key]) for key in after)
     assert seen[-1]["critique"].startswith("Yes") and seen[-1]["revision"] != seen[-1]["answer"] != ""
@@ -356,12 +461,21 @@ def test_endpoints_check_and_try(client):
 GOOD = ("How do I bake bread?", "Is that bad?", "Make it good.", 1)
 
 
-@pytest.mark.parametrize("name, args, words", [
-    ("/check", (5,), "text, not int"), ("/check", (None,), "text, not NoneType"), ("/check", ("x" * 1_000_001,), "far too long"),
-    ("/try_principle", ("", *GOOD[1:]), "nothing to answer"), ("/try_principle", (GOOD[0], "", *GOOD[2:]), "must be a text"),
-    ("/try_principle", (GOOD[0], "x" * 1_001, *GOOD[2:]), "at most 1,000"), ("/try_principle", (*GOOD[:2], ["x"], 1), "must be a text"),
-    ("/try_principle", (*GOOD[:3], -1), "seed must be"), ("/try_principle", (GOOD[0], "CritiqueRequest: x", *GOOD[2:]), "carries the marker"),
-    ("/try_principle", (GOOD[0], "a\ud800b", *GOOD[2:]), "")])
+@pytest.mark.parametrize(
+    "name, args, words",
+    [
+        ("/check", (5,), "text, not int"),
+        ("/check", (None,), "text, not NoneType"),
+        ("/check", ("x" * 1_000_001,), "far too long"),
+        ("/try_principle", ("", *GOOD[1:]), "nothing to answer"),
+        ("/try_principle", (GOOD[0], "", *GOOD[2:]), "must be a text"),
+        ("/try_principle", (GOOD[0], "x" * 1_001, *GOOD[2:]), "at most 1,000"),
+        ("/try_principle", (*GOOD[:2], ["x"], 1), "must be a text"),
+        ("/try_principle", (*GOOD[:3], -1), "seed must be"),
+        ("/try_principle", (GOOD[0], "CritiqueRequest: x", *GOOD[2:]), "carries the marker"),
+        ("/try_principle", (GOOD[0], "a\ud800b", *GOOD[2:]), ""),
+    ],
+)
 def test_what_cannot_be_done_is_said_in_one_sentence(client, name, args, words):
     start = time.perf_counter()
     with pytest.raises((AppError, ValidationError, UnicodeEncodeError)) as told:
@@ -380,7 +494,9 @@ def visit(browser, served):
         page.set_default_timeout(60_000)
         page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda e: complaints.append(str(e)))
-        page.on("request", lambda r: None if r.url.startswith((served.url, "data:", "blob:")) else complaints.append(r.url))
+        page.on(
+            "request", lambda r: None if r.url.startswith((served.url, "data:", "blob:")) else complaints.append(r.url)
+        )
         page.goto(served.url)
         page.click("button[role=tab]:has-text('Constitution')")
         page.wait_for_selector("#draft-try", state="visible")
@@ -435,7 +551,9 @@ def test_form_text_and_trial_show_the_same_thing(visit):
     page.wait_for_function("document.querySelector('#draft-critique textarea').value.endsWith('bad? now')")
     page.keyboard.press("Escape")
     page.keyboard.press("Tab")
-    assert not page.evaluate("document.activeElement.closest('#draft-text .cm-editor') !== null"), "the keyboard is not caught in the editor"
+    assert not page.evaluate("document.activeElement.closest('#draft-text .cm-editor') !== null"), (
+        "the keyboard is not caught in the editor"
+    )
 
     page.fill("#draft-title textarea, #draft-title input", "Other title")
     page.click("#draft-choice input")  # in the same moment
@@ -448,7 +566,9 @@ def test_form_text_and_trial_show_the_same_thing(visit):
         page.click("#draft-save")
     saved = read_draft(Path(download.value.path()).read_text(encoding="utf-8"))
     assert download.value.suggested_filename == "mini.yaml" and saved.principles[0].title == "Other title"
-    assert saved.principles[0].critique == "Look at the reply. Is that bad? now" and saved.principles[13].id == "privacy"
+    assert (
+        saved.principles[0].critique == "Look at the reply. Is that bad? now" and saved.principles[13].id == "privacy"
+    )
     assert saved.text.count("#") == MINI.count("#")
     page.click("#draft-new")
     page.wait_for_function("document.querySelector('#draft-choice input').value.startsWith('33. New principle')")
@@ -466,7 +586,9 @@ def test_a_training_joins_the_comparison(visit, served):
     page.wait_for_selector("#train-bar .progress")
     says(page, "#train-bar", "changed: harmful")
     page.click("button[role=tab]:has-text('Other')")
-    page.wait_for_function("document.querySelector('#columns textarea, #columns input').value === 'base,sl,rl,trained-1'")
+    page.wait_for_function(
+        "document.querySelector('#columns textarea, #columns input').value === 'base,sl,rl,trained-1'"
+    )
     page.click("button[role=tab]:has-text('Constitution')")
     says(page, "#train-bar", "It has joined the comparison as “Trained 1”")
     assert served.site.models.titles["trained-1"] == ("Trained 1", "SL-CAI, changed: harmful")
@@ -490,7 +612,10 @@ def test_nothing_sticks_out_on_a_phone(visit):
 
 def test_without_a_folder_or_without_mini_training_is_off_and_says_so():
     models, constitution = load_run()
-    for site, words in ((Site(models, constitution), "Training is off"), (Site(replace(models, recipe={"base": "x/8b"}), constitution, Path("x")), "takes hours on a GPU")):
+    for site, words in (
+        (Site(models, constitution), "Training is off"),
+        (Site(replace(models, recipe={"base": "x/8b"}), constitution, Path("x")), "takes hours on a GPU"),
+    ):
         with gr.Blocks(analytics_enabled=False) as demo:
             page = constitution_tab.constitution_tab(site)
         assert page.here is None and words in json.dumps(demo.get_config_file(), default=str)

@@ -12,7 +12,11 @@ from cai_nb.mini import world
 from cai_nb.app.requests import OUTSIDE
 
 CLIENTS, TURNS, BURST = 32, 5, 200
-PROMPTS = [row["messages"][0]["content"] for kind in ("harmful", "benign") for row in world.prompts("test", kind, CLIENTS, seed=5)]
+PROMPTS = [
+    row["messages"][0]["content"]
+    for kind in ("harmful", "benign")
+    for row in world.prompts("test", kind, CLIENTS, seed=5)
+]
 pytestmark = pytest.mark.filterwarnings(PANDAS)
 
 
@@ -42,11 +46,15 @@ def answer(url, prompt, seed, history=None, leave_after=None):
 def expected(asked):
     "What each model says to each (history, prompt, seed), asked here and not over the line."
     models, _ = load_run()
-    heard = [models.heard(list(talks_of(history, prompt, list(models.adapters)).values())) for history, prompt, _ in asked]
+    heard = [
+        models.heard(list(talks_of(history, prompt, list(models.adapters)).values())) for history, prompt, _ in asked
+    ]
     known = [i for i, talks in enumerate(heard) if talks]
     found = [{} if talks else dict.fromkeys(models.adapters, UNKNOWN) | OUTSIDE for talks in heard]
     for place, (column, adapter) in enumerate(models.adapters.items()):
-        replies = models.lm.with_adapter(adapter).sample([heard[i][place] for i in known], max_new_tokens=12, seed=[asked[i][2] for i in known])
+        replies = models.lm.with_adapter(adapter).sample(
+            [heard[i][place] for i in known], max_new_tokens=12, seed=[asked[i][2] for i in known]
+        )
         for i, (reply,) in zip(known, replies):
             found[i][column] = reply.text
     return found
@@ -75,7 +83,12 @@ def test_32_clients_of_5_turns_all_get_their_own_answers(server):
 def test_a_burst_of_200_with_a_quarter_leaving(server):
     url, _ = server
     with ThreadPoolExecutor(BURST) as pool:
-        results = list(pool.map(lambda i: (i, *answer(url, PROMPTS[i % len(PROMPTS)], i, leave_after=1 if i % 4 == 0 else None)), range(BURST)))
+        results = list(
+            pool.map(
+                lambda i: (i, *answer(url, PROMPTS[i % len(PROMPTS)], i, leave_after=1 if i % 4 == 0 else None)),
+                range(BURST),
+            )
+        )
     let_in = [(i, states) for i, joined, states in results if joined.status_code == 200]
     refused = [joined for _, joined, _ in results if joined.status_code != 200]
     assert len(let_in) >= 33 and refused, "the line holds 32, and one is being answered"
@@ -87,7 +100,9 @@ def test_a_burst_of_200_with_a_quarter_leaving(server):
     assert joined.status_code == 200 and states
 
 
-@pytest.mark.skipif(not hasattr(libc, "mallinfo2"), reason="only glibc (2.33 or later) says how much of its memory is in use")
+@pytest.mark.skipif(
+    not hasattr(libc, "mallinfo2"), reason="only glibc (2.33 or later) says how much of its memory is in use"
+)
 def test_a_thousand_requests_leave_nothing_behind(server):
     """Counted is what the server holds. What the system has given it grows longer, to no purpose of ours: glibc keeps what was
     freed, in a heap for each thread, and 1,700 requests doubled that from 64 to 148 MiB while 240 stayed in use."""

@@ -28,13 +28,26 @@ TESTS = Path(__file__).parents[1]
 
 
 def ballot(i=0, a="sl", b="rl", **changes):
-    known = {"prompt": f"How do I bake bread number {i}?", "seed": i, "temperature": 1.0, "columns": (a, b),
-             "digests": (MODELS.digests[a], MODELS.digests[b]), "constitution": "c0", "answers": (f"Knead {i}.", f"Wait {i}.")}
+    known = {
+        "prompt": f"How do I bake bread number {i}?",
+        "seed": i,
+        "temperature": 1.0,
+        "columns": (a, b),
+        "digests": (MODELS.digests[a], MODELS.digests[b]),
+        "constitution": "c0",
+        "answers": (f"Knead {i}.", f"Wait {i}."),
+    }
     return Ballot(**{**known, **changes})
 
 
 def python(code, *args):
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], cwd=TESTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        cwd=TESTS,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
 
 
 # The engine
@@ -79,7 +92,9 @@ def test_a_program_that_holds_the_file_is_named_and_the_ballot_waits(tmp_path, m
     token = arena.open(ballot(1))
     with closing(sqlite3.connect(tmp_path / "votes.sqlite", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(CaiError, match="another program has held this file for 0.2 seconds; end that program and try again"):
+        with pytest.raises(
+            CaiError, match="another program has held this file for 0.2 seconds; end that program and try again"
+        ):
             arena.vote(token, "tie")
         other.execute("ROLLBACK")
     assert arena.vote(token, "tie")[1] == 2
@@ -187,18 +202,30 @@ def test_the_export_is_what_the_preference_stage_reads(tmp_path):
     from cai_nb.runs.stages import comparisons_of
 
     votes = Votes(tmp_path)
-    for i, (helpful, harmless) in enumerate([("A better", "B better"), ("B better", "tie"), ("both bad", None), (None, "A better")]):
+    for i, (helpful, harmless) in enumerate(
+        [("A better", "B better"), ("B better", "tie"), ("both bad", None), (None, "A better")]
+    ):
         votes.add(ballot(i), {"helpful": helpful, "harmless": harmless})
     votes.add(ballot(8, answers=("", "Wait.")), {"helpful": "B better", "harmless": None})
     rows, out = export_rows(votes.rows(), "helpful")
     assert out == {"tie": 0, "both bad": 1, "empty answer": 1} and {r["about"] for r in rows} == {"helpful"}
     (tmp_path / "arena.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    run = SimpleNamespace(recipe={"seed": 0, "helpfulness": {"comparisons": str(tmp_path / "arena.jsonl"), "comparisons_limit": None}})
+    run = SimpleNamespace(
+        recipe={"seed": 0, "helpfulness": {"comparisons": str(tmp_path / "arena.jsonl"), "comparisons_limit": None}}
+    )
     read = preference_rows([], [], [], comparisons_of(run))
-    assert [(r["prompt"][0]["content"], r["chosen"][0]["content"], r["rejected"][0]["content"], r["p"]) for r in read] == [
-        ("How do I bake bread number 0?", "Knead 0.", "Wait 0.", 1.0), ("How do I bake bread number 1?", "Wait 1.", "Knead 1.", 1.0)]
+    assert [
+        (r["prompt"][0]["content"], r["chosen"][0]["content"], r["rejected"][0]["content"], r["p"]) for r in read
+    ] == [
+        ("How do I bake bread number 0?", "Knead 0.", "Wait 0.", 1.0),
+        ("How do I bake bread number 1?", "Wait 1.", "Knead 1.", 1.0),
+    ]
     both, out = export_rows(votes.rows())
-    assert len(both) == 4 and out == {"tie": 1, "both bad": 1, "empty answer": 1} and {r["about"] for r in both} == set(ABOUT)
+    assert (
+        len(both) == 4
+        and out == {"tie": 1, "both bad": 1, "empty answer": 1}
+        and {r["about"] for r in both} == set(ABOUT)
+    )
 
 
 # Over HTTP
@@ -305,7 +332,11 @@ def test_a_used_ballot_and_no_choice(server):
 def test_what_mini_does_not_know_is_not_voted_on(server):
     _, events = call(server, "arena", "What is the capital of France?", 1, 1.0)
     states = [data[0] for kind, data in events if kind in ("generating", "complete") and data]
-    assert states[-1]["outside"] is True and states[-1]["ballot"] == "" and "does not know" in states[-1]["a"] == states[-1]["b"]
+    assert (
+        states[-1]["outside"] is True
+        and states[-1]["ballot"] == ""
+        and "does not know" in states[-1]["a"] == states[-1]["b"]
+    )
 
 
 def test_every_vote_acknowledged_over_http_survives_sigkill(tmp_path):
@@ -357,7 +388,9 @@ def test_a_visitor_votes(server, browser, width):
             page.wait_for_function("!document.querySelector('#arena-vote').disabled")
             if page.locator("#arena-helpful input").count() == 4:
                 break
-        assert page.evaluate("[...document.querySelectorAll('.blind')].map(e => e.offsetHeight)") == heights, "nothing jumps"
+        assert page.evaluate("[...document.querySelectorAll('.blind')].map(e => e.offsetHeight)") == heights, (
+            "nothing jumps"
+        )
         assert not page.locator("#arena-answers .known").count()
         page.click("#arena-vote")
         page.wait_for_function("document.querySelector('#arena-told').textContent.includes('no vote yet')")

@@ -67,7 +67,11 @@ def scripted(layout="chat", few_shot=False, **settings):
 def grows(before, after):
     "Whether every text of a state begins with what it was before."
     if isinstance(before, dict):
-        return all(grows(before[key], after[key]) for key in before if key not in ("score", "verdict", "complete", "p_a", "plain"))
+        return all(
+            grows(before[key], after[key])
+            for key in before
+            if key not in ("score", "verdict", "complete", "p_a", "plain")
+        )
     if isinstance(before, list):
         return len(before) <= len(after) and all(map(grows, before, after))
     return after.startswith(before) if isinstance(before, str) else True
@@ -76,11 +80,15 @@ def grows(before, after):
 # The words of training
 
 
-@pytest.mark.parametrize("layout, few_shot, critiques", [("chat", False, True), ("paper", True, True), ("paper", True, False)])
+@pytest.mark.parametrize(
+    "layout, few_shot, critiques", [("chat", False, True), ("paper", True, True), ("paper", True, False)]
+)
 def test_a_walk_asks_what_training_asks(mini, layout, few_shot, critiques):
     """Same contexts, same seeds, same texts; what a plain base writes after its turn is cut off in the same way."""
     def reply(conversation, seed):
-        return f"text {seed % 1000}\n\nsecond paragraph\n\nHuman: and on" if layout == "paper" else f"text {seed % 1000}"
+        return (
+            f"text {seed % 1000}\n\nsecond paragraph\n\nHuman: and on" if layout == "paper" else f"text {seed % 1000}"
+        )
 
     constitution, id = mini[1], row_id(PROMPT)
     models, lm = scripted(layout, few_shot, reply=reply)
@@ -120,9 +128,19 @@ def test_preferences_are_those_of_the_labels(mini):
     *_, found = prefer(models, PROMPT, {"a": "first", "b": "second"}, principle, seed=2)
     other = ScriptedLM(reply=reply, logprobs=logprobs)
     pair = {"id": "a:b", "prompt_id": "p", "responses": ["first", "second"], "flags": []}
-    (label,) = label_preferences(other, [pair], mini[1].subset(ids=[principle.id]), [{"id": "p", "messages": PROMPT}], cot=True,
-                                 clamp=(0, 1), few_shot=EXAMPLES, seed=2)
-    assert [[c[-2:] for c in batch] for batch in lm.asked] == [[c[-2:] for c in batch] for batch in other.asked] and lm.seeds == other.seeds
+    (label,) = label_preferences(
+        other,
+        [pair],
+        mini[1].subset(ids=[principle.id]),
+        [{"id": "p", "messages": PROMPT}],
+        cot=True,
+        clamp=(0, 1),
+        few_shot=EXAMPLES,
+        seed=2,
+    )
+    assert [[c[-2:] for c in batch] for batch in lm.asked] == [
+        [c[-2:] for c in batch] for batch in other.asked
+    ] and lm.seeds == other.seeds
     assert [c[-3:] for c in lm.scored[-1]] == [c[-3:] for c in other.scored[0]]
     view = found["a", "b"]
     assert view["p_a"] == pytest.approx(label["p_a"]) and view["p_a"] > 0.5
@@ -138,7 +156,9 @@ def test_critics_and_revisers_see_each_answer_alone(mini):
     states = list(criticise(models, talks, principle, seed=4))
     critiques, revisions = lm.asked
     assert critiques == [critique_request(talk, principle) for talk in talks.values()]
-    assert revisions == [revision_request(talk, principle, states[-1][name]["critique"]) for name, talk in talks.items()]
+    assert revisions == [
+        revision_request(talk, principle, states[-1][name]["critique"]) for name, talk in talks.items()
+    ]
     assert len(set(lm.seeds[0])) == len(set(lm.seeds[1])) == 1 and all(map(grows, states, states[1:]))
     assert list(states[-1]) == list(talks)
 
@@ -146,8 +166,11 @@ def test_critics_and_revisers_see_each_answer_alone(mini):
 def test_what_cannot_be_asked_is_refused_in_a_sentence(mini):
     only_compares = next(p for p in mini[1].comparison_principles if p.critique is None)
     models, lm = scripted()
-    for ask in (lambda: walk(models, PROMPT, [only_compares]), lambda: criticise(models, {"base": PROMPT}, only_compares),
-                lambda: prefer(models, PROMPT, {"a": "x", "b": "y"}, mini[1].critique_principles[0])):
+    for ask in (
+        lambda: walk(models, PROMPT, [only_compares]),
+        lambda: criticise(models, {"base": PROMPT}, only_compares),
+        lambda: prefer(models, PROMPT, {"a": "x", "b": "y"}, mini[1].critique_principles[0]),
+    ):
         with pytest.raises(CaiError, match="choose another one"):
             next(ask())
     assert lm.calls == 0
@@ -170,14 +193,25 @@ def test_what_mini_does_not_know_is_not_criticised(mini):
 def test_a_new_request_is_criticised_without_what_was_said_before(mini):
     models, lm = scripted()
     models = replace(models, border=lambda lm, talks: [talk[-1:] for talk in talks])
-    before, answer = [{"role": "user", "content": "Hm."}, {"role": "assistant", "content": "Hm?"}], {"role": "assistant", "content": "Well."}
+    before, answer = (
+        [{"role": "user", "content": "Hm."}, {"role": "assistant", "content": "Hm?"}],
+        {"role": "assistant", "content": "Well."},
+    )
     principle = mini[1].critique_principles[0]
     *_, _ = criticise(models, {"base": [*before, *PROMPT, answer]}, principle)
     assert lm.asked[0] == [critique_request([*PROMPT, answer], principle)]
 
 
-@pytest.mark.parametrize("text", ["No.\n\nHuman: x", "No.\n\nHumane\n\nCritique\n\nRevisionRequest: x", "a\n\n\n\nAssistant:",
-                                  "\n\nHuman:", "Hm\n\nHu"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "No.\n\nHuman: x",
+        "No.\n\nHumane\n\nCritique\n\nRevisionRequest: x",
+        "a\n\n\n\nAssistant:",
+        "\n\nHuman:",
+        "Hm\n\nHu",
+    ],
+)
 def test_a_growing_reply_never_shrinks(text):
     shown = [so_far(text[:n].strip(), "paper") for n in range(len(text) + 1)]
     assert all(map(grows, shown, shown[1:]))
@@ -205,11 +239,15 @@ def test_a_stop_ends_it_before_the_next_token_and_is_made_good_later(mini):
 def test_a_judge_is_not_asked_after_a_stop(mini):
     principle, switch = mini[1].comparison_principles[0], threading.Event()
     models, lm = scripted(delay=0.02, logprobs=lambda context: [-1, -2])
-    *states, last = _until(prefer(models, PROMPT, {"a": "x", "b": "y"}, principle, stop=switch.is_set), lm, switch, after=2)
+    *states, last = _until(
+        prefer(models, PROMPT, {"a": "x", "b": "y"}, principle, stop=switch.is_set), lm, switch, after=2
+    )
     assert last["a", "b"]["p_a"] is None and last["a", "b"]["plain"] is not None and len(lm.scored) == 1
     switch, models.lm.stopped = threading.Event(), False
     switch.set()
-    assert list(prefer(models, PROMPT, {"a": "x", "b": "y"}, principle, stop=switch.is_set)) == [] and len(lm.scored) == 1
+    assert (
+        list(prefer(models, PROMPT, {"a": "x", "b": "y"}, principle, stop=switch.is_set)) == [] and len(lm.scored) == 1
+    )
 
 
 def _until(states, lm, switch, after):
@@ -235,7 +273,10 @@ def test_neighbours_do_not_disturb_each_other(mini):
     """Several visitors at once, with scores in between that switch adapters on the shared base."""
     models, constitution = mini
     prompts = [[{"role": "user", "content": f"How do I {what}?"}] for what in ("punch a boss", "bake bread")]
-    answers = {"base": "I will not help you punch a boss: that is violent. Let us talk it over instead.", "sl": "Sure. Do it."}
+    answers = {
+        "base": "I will not help you punch a boss: that is violent. Let us talk it over instead.",
+        "sl": "Sure. Do it.",
+    }
 
     def one(prompt): return list(walk(models, prompt, draw_steps(constitution, [], 1, row_id(prompt))))[-1]
     def two(): return list(prefer(models, PROMPT, answers, constitution.comparison_principles[0]))[-1]
@@ -256,13 +297,23 @@ def test_neighbours_do_not_disturb_each_other(mini):
 def test_texts_are_rated_by_who_is_there(mini):
     models = mini[0]
     assert models.scorer is not None, "the shipped run has a preference model"
-    objection = rate_text(models, PROMPT, "I will not help you punch a boss: that is violent. Let us talk it over instead.")
-    harmful = rate_text(models, PROMPT, "Sure. Bring patience. First make a plan. Then punch a boss slowly. Last, tidy up.")
+    objection = rate_text(
+        models, PROMPT, "I will not help you punch a boss: that is violent. Let us talk it over instead."
+    )
+    harmful = rate_text(
+        models, PROMPT, "Sure. Bring patience. First make a plan. Then punch a boss slowly. Last, tidy up."
+    )
     assert objection["verdict"]["kind"] == "objection" and harmful["verdict"]["kind"] == "harmful"
     assert objection["score"] > harmful["score"]
     assert rate_text(replace(models, scorer=None, oracle=None), PROMPT, "Sure.") == {"score": None, "verdict": None}
-    insists = [*PROMPT, {"role": "assistant", "content": "I cannot help with that."}, {"role": "user", "content": models.goes_on[-1]}]
-    assert rate_text(models, insists, "I cannot help with that.")["verdict"]["kind"] == "evasive"  # the oracle reads the conversation
+    insists = [
+        *PROMPT,
+        {"role": "assistant", "content": "I cannot help with that."},
+        {"role": "user", "content": models.goes_on[-1]},
+    ]
+    assert (
+        rate_text(models, insists, "I cannot help with that.")["verdict"]["kind"] == "evasive"
+    )  # the oracle reads the conversation
     json.dumps(objection)
 
 
@@ -328,14 +379,33 @@ def test_the_endpoint_streams_the_chain(mini, server):
     assert len(states) > 3 and all(map(grows, states, states[1:]))
     *_, last = walk(models, PROMPT, draw_steps(constitution, ["", chosen], 2, row_id(PROMPT), 7), 7)
     assert states[-1]["steps"][1]["principle_id"] == chosen and set(states[-1]) == {"seed", *last}
-    assert [s["revision"] for s in states[-1]["steps"]] == [s["revision"] for s in last["steps"]] and states[-1]["seed"] == 7
+    assert [s["revision"] for s in states[-1]["steps"]] == [s["revision"] for s in last["steps"]] and states[-1][
+        "seed"
+    ] == 7
     drawn = client.predict(PROMPT[0]["content"], 1, [], False, None, api_name="/chain")
     assert drawn["steps"][0]["critique"] is None and isinstance(drawn["seed"], int)
 
 
 @pytest.mark.filterwarnings(PANDAS)
-@pytest.mark.parametrize("wrong", [{0: ""}, {0: 5}, {0: "x" * 3000}, {1: 0}, {1: 99}, {1: 2.5}, {1: "2"}, {2: ["no such"]}, {2: "harmful"},
-                                   {2: [""] * 99}, {3: "yes"}, {3: None}, {4: -1}, {4: "seven"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {0: ""},
+        {0: 5},
+        {0: "x" * 3000},
+        {1: 0},
+        {1: 99},
+        {1: 2.5},
+        {1: "2"},
+        {2: ["no such"]},
+        {2: "harmful"},
+        {2: [""] * 99},
+        {3: "yes"},
+        {3: None},
+        {4: -1},
+        {4: "seven"},
+    ],
+)
 def test_what_is_wrong_is_answered_at_once(server, wrong):
     import httpx
 
@@ -344,7 +414,9 @@ def test_what_is_wrong_is_answered_at_once(server, wrong):
         sent[place] = value
     start = time.monotonic()
     answer = httpx.post(f"{server.url}gradio_api/call/chain", json={"data": sent}, timeout=30)
-    assert answer.status_code == 422 and time.monotonic() - start < 2  # half a second on a machine that does nothing else
+    assert (
+        answer.status_code == 422 and time.monotonic() - start < 2
+    )  # half a second on a machine that does nothing else
     assert "Traceback" not in answer.text and "/cai_nb/" not in answer.text
 
 
@@ -385,7 +457,9 @@ def at_rest(page):
 
 def tops(page):
     "Where every step stands on the page, and how high it is."
-    return page.evaluate("""() => [...document.querySelectorAll('.chain .step')].map(e => [e.offsetTop, e.offsetHeight])""")
+    return page.evaluate(
+        """() => [...document.querySelectorAll('.chain .step')].map(e => [e.offsetTop, e.offsetHeight])"""
+    )
 
 
 @pytest.mark.parametrize("width, scheme", [(1440, "light"), (420, "dark")])
@@ -399,7 +473,9 @@ class TestChromium:
         page.fill("#chains-seed input, #chains-seed textarea", "3")
         page.click("#chains-run")
         begun(page)
-        assert page.locator("#chains-chain .ahead").count() == 4 and "by “" in page.text_content("#step-4"), "every step is announced"
+        assert page.locator("#chains-chain .ahead").count() == 4 and "by “" in page.text_content("#step-4"), (
+            "every step is announced"
+        )
         places, texts = [], []
         while page.get_attribute("#chains-chain .chain", "aria-busy") == "true":
             places.append(tops(page))
@@ -408,13 +484,23 @@ class TestChromium:
         at_rest(page)
         places.append(tops(page))
         picture(page, f"{width}-2-written")
-        assert len(places) > 5 and [place for place in places if place != places[0]] == [], "nothing moves while text comes in"
+        assert len(places) > 5 and [place for place in places if place != places[0]] == [], (
+            "nothing moves while text comes in"
+        )
         assert page.locator("#chains-chain .ahead").count() == 0
-        assert page.locator("#chains-chain .verdict b").count() == 5 and page.locator("#chains-chain .scores b").count() == 6
-        assert page.locator("#chains-chain ins").count() > 0 and page.get_attribute("#chains-chain svg", "aria-label").count(",") == 4
+        assert (
+            page.locator("#chains-chain .verdict b").count() == 5
+            and page.locator("#chains-chain .scores b").count() == 6
+        )
+        assert (
+            page.locator("#chains-chain ins").count() > 0
+            and page.get_attribute("#chains-chain svg", "aria-label").count(",") == 4
+        )
         assert "seed 3" in page.text_content("#chains-status")
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "nothing to scroll sideways"
-        sides = [page.locator(f"#chains-chain .step >> nth=1 >> .{part}").bounding_box() for part in ("critique", "revision")]
+        sides = [
+            page.locator(f"#chains-chain .step >> nth=1 >> .{part}").bounding_box() for part in ("critique", "revision")
+        ]
         assert (sides[0]["x"] == sides[1]["x"]) == (width < 700)
         page.close()
 
@@ -436,7 +522,11 @@ class TestChromium:
         at_rest(page)
         heads = page.locator("#chains-chain h3").all_text_contents()
         assert any(title in head for head in heads) and len(heads) == 5
-        assert not page.is_checked("#chains-chain .fold >> nth=0") and not page.is_visible("#critique-1") and page.is_visible("#critique-2")
+        assert (
+            not page.is_checked("#chains-chain .fold >> nth=0")
+            and not page.is_visible("#critique-1")
+            and page.is_visible("#critique-2")
+        )
         picture(page, f"{width}-3-further")
         page.close()
 
@@ -452,7 +542,10 @@ class TestOnce:
         page.press("#chains-prompt textarea", "Enter")
         page.wait_for_selector("#chains-chain .said.unknown")
         at_rest(page)
-        assert "no critique" in page.text_content("#chains-status") and page.locator("#chains-chain .critique").count() == 0
+        assert (
+            "no critique" in page.text_content("#chains-status")
+            and page.locator("#chains-chain .critique").count() == 0
+        )
         picture(page, "1440-4-outside")
         page.fill("#chains-prompt textarea", PROMPT[0]["content"])
         page.press("#chains-prompt textarea", "Enter")
@@ -473,6 +566,14 @@ class TestOnce:
             page.keyboard.press("Tab")
             reached.add(page.evaluate("""() => { const e = document.activeElement;
                 return e.closest('[id^=chains-]:not(#chains-chain),.critique')?.id || e.className }"""))
-        assert {"chains-run", "chains-more", "chains-examples", "chains-n", "chains-principles", "chains-seed", "chains-critiques",
-                "fold"} <= reached
+        assert {
+            "chains-run",
+            "chains-more",
+            "chains-examples",
+            "chains-n",
+            "chains-principles",
+            "chains-seed",
+            "chains-critiques",
+            "fold",
+        } <= reached
         page.close()

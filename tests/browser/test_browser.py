@@ -36,7 +36,10 @@ def visit(browser, server):
         allowed.extend([allow] if allow else [])
         page.on("console", lambda m: complaints.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda e: complaints.append(str(e)))
-        page.on("request", lambda r: None if r.url.startswith((url or server[0], "data:", "blob:")) else complaints.append(r.url))
+        page.on(
+            "request",
+            lambda r: None if r.url.startswith((url or server[0], "data:", "blob:")) else complaints.append(r.url),
+        )
         page.goto((url or server[0]) + query)
         page.wait_for_selector("#send")
         page.evaluate(WATCH)
@@ -65,7 +68,9 @@ def ask(page, text):
 
 
 def wait_until_idle(page):
-    page.wait_for_function("document.querySelector('#stop').disabled && !document.querySelector('.caret')", timeout=WAIT)
+    page.wait_for_function(
+        "document.querySelector('#stop').disabled && !document.querySelector('.caret')", timeout=WAIT
+    )
 
 
 def open_tab(page, name):
@@ -80,14 +85,23 @@ def axe(page):
     "What axe-core finds against WCAG 2.2, levels A and AA."
     from axe_playwright_python.sync_playwright import Axe
 
-    found = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"], "resultTypes": ["violations"]})
-    return [f"{v['id']}: {n['html'][:160]} — {n.get('failureSummary', '')[:220]}" for v in found.response["violations"] for n in v["nodes"]]
+    found = Axe().run(
+        page,
+        options={"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"], "resultTypes": ["violations"]},
+    )
+    return [
+        f"{v['id']}: {n['html'][:160]} — {n.get('failureSummary', '')[:220]}"
+        for v in found.response["violations"]
+        for n in v["nodes"]
+    ]
 
 
 # Compare
 
 
-@pytest.mark.parametrize("size, scheme", [("desktop", "light"), ("desktop", "dark"), ("phone", "light"), ("phone", "dark")])
+@pytest.mark.parametrize(
+    "size, scheme", [("desktop", "light"), ("desktop", "dark"), ("phone", "light"), ("phone", "dark")]
+)
 def test_three_answers_and_what_lies_beneath(visit, size, scheme):
     page = visit(size, scheme)
     page.fill("#prompt textarea", ASK)
@@ -116,7 +130,9 @@ def test_three_answers_and_what_lies_beneath(visit, size, scheme):
     assert page.text_content("#critique-base .principle") and page.locator("#critique-base .said").first.text_content()
     page.click("#fold-preference-sl > button")
     page.wait_for_selector("#preference-sl .pair")
-    page.wait_for_function("[...document.querySelectorAll('#preference-sl .odds b')].every(b => b.textContent.includes('%'))")
+    page.wait_for_function(
+        "[...document.querySelectorAll('#preference-sl .odds b')].every(b => b.textContent.includes('%'))"
+    )
     assert page.locator("#preference-sl .pair").count() == 2
     wait_until_idle(page)
     picture(page, f"compare-{size}-{scheme}-3-inside")
@@ -166,12 +182,17 @@ def test_a_link_brings_the_answers_back(visit):
     other.wait_for_selector("#link a")
     wait_until_idle(other)
     for m in MODELS:
-        assert other.locator(f"#answer-{m} .said").all_text_contents() == page.locator(f"#answer-{m} .said").all_text_contents()
+        assert (
+            other.locator(f"#answer-{m} .said").all_text_contents()
+            == page.locator(f"#answer-{m} .said").all_text_contents()
+        )
     assert "may differ" not in other.text_content("#status")
     wrong = visit(query="?p=How+do+I+bake+a+cake%3F&seed=1&models=sl%3A000000000000")
     wrong.wait_for_selector("#link a")
     wait_until_idle(wrong)
-    assert wrong.text_content("#status .warn").startswith("The link was made with other weights of SL-CAI: the answers may differ. mini knows")
+    assert wrong.text_content("#status .warn").startswith(
+        "The link was made with other weights of SL-CAI: the answers may differ. mini knows"
+    )
     ask(wrong, ASK)
     wait_until_idle(wrong)
     assert "other weights" not in wrong.text_content("#status")
@@ -264,7 +285,9 @@ def test_another_principle_criticises_anew(visit):
     page.click("#by-critique input")
     page.click("#by-critique [role=option] >> nth=2")
     title = page.input_value("#by-critique input")
-    page.wait_for_function("title => document.querySelector('#critique-base .principle b')?.textContent === title", arg=title)
+    page.wait_for_function(
+        "title => document.querySelector('#critique-base .principle b')?.textContent === title", arg=title
+    )
     page.wait_for_function("!document.querySelector('.caret')")
     assert page.locator("#critique-base .said").first.text_content()
 
@@ -354,7 +377,9 @@ def use_constitution(page):
     page.fill("#draft-revision textarea", "Rewrite the reply so that it is not violent.")
     page.fill("#draft-prompt textarea", ASK)
     page.click("#draft-try")
-    page.wait_for_function("document.querySelectorAll('#draft-shown .said').length >= 3 && !document.querySelector('#draft-shown .caret')")
+    page.wait_for_function(
+        "document.querySelectorAll('#draft-shown .said').length >= 3 && !document.querySelector('#draft-shown .caret')"
+    )
     assert "violent" in page.text_content("#draft-shown")
 
 
@@ -366,7 +391,13 @@ def use_compare(page):
     wait_until_idle(page)
 
 
-USES = {"Compare": use_compare, "Chains": use_chains, "Constitution": use_constitution, "Arena": use_arena, "Run": use_run}
+USES = {
+    "Compare": use_compare,
+    "Chains": use_chains,
+    "Constitution": use_constitution,
+    "Arena": use_arena,
+    "Run": use_run,
+}
 
 
 @pytest.mark.parametrize("size, scheme", [("desktop", "light"), ("phone", "dark")])
@@ -390,7 +421,11 @@ def test_keyboard_reaches_everything(visit):
     reached, places = [], "[id^=fold-],#send,#clear,#by-critique,#by-preference,.examples,#settings"
     for _ in range(60):
         page.keyboard.press("Tab")
-        reached.append(page.evaluate("places => document.activeElement.closest(places)?.id || document.activeElement.className", places))
+        reached.append(
+            page.evaluate(
+                "places => document.activeElement.closest(places)?.id || document.activeElement.className", places
+            )
+        )
     folds = {f"fold-{kind}-{m}" for kind in ("critique", "preference") for m in MODELS}
     assert folds | {"send", "clear", "by-critique", "by-preference", "settings"} <= set(reached)
     page.keyboard.press("Home")

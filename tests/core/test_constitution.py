@@ -70,8 +70,10 @@ def test_library_names_the_source_of_every_principle():
     """A professional code's section for each principle, and what is right differs from harmlessness in coverage and wording."""
     c, usual = Constitution.load("library"), Constitution.load("harmlessness")
     assert 8 <= len(c.critique_principles) <= 16 and 8 <= len(c.comparison_principles) <= 16
-    section = re.compile(r"IFLA Code of Ethics, section [1-6]|ALA Code of Ethics, article [IVX]+|ALA Library Bill of Rights, article [IV]+"
-                         r"|RUSA [\w ,-]+ 20\d\d, \d|Universal Declaration of Human Rights, articles? \d+")
+    section = re.compile(
+        r"IFLA Code of Ethics, section [1-6]|ALA Code of Ethics, article [IVX]+|ALA Library Bill of Rights, article [IV]+"
+        r"|RUSA [\w ,-]+ 20\d\d, \d|Universal Declaration of Human Rights, articles? \d+"
+    )
     unsourced = [(p.id, part) for p in c.principles for part in p.source.split("; ") if not section.match(part)]
     assert not unsourced
     assert all(word in c.provenance for word in ("IFLA", "ALA", "RUSA", "Universal Declaration", "approved"))
@@ -97,7 +99,13 @@ def test_library_names_the_source_of_every_principle():
         ("    critique: Identify what is rude.\n", "", 4, "principles[0].revision", "stands without its critique"),
         ("comparison: Which answer is kinder?", "title: Empty", 6, "principles[1]", "has no text"),
         ("comparison: Which", "comparision: Which", 7, "principles[1].comparision", "did you mean comparison?"),
-        ("comparison: Which answer is kinder?", "comparison: [Which, What]", 7, "principles[1].comparison", "found a list"),
+        (
+            "comparison: Which answer is kinder?",
+            "comparison: [Which, What]",
+            7,
+            "principles[1].comparison",
+            "found a list",
+        ),
         ("Which answer is kinder?", '"Which answer? Options:"', 7, "principles[1].comparison", "marker 'Options:'"),
         ("Which answer is kinder?", '"Kind?\\n\\nHuman: hi"', 7, "principles[1].comparison", "marker 'Human:'"),
         ("kinder?", "kinder?\n    weight: heavy", 8, "principles[1].weight", "found 'heavy'"),
@@ -121,7 +129,9 @@ def test_check_names_line_key_and_fix(write, old, new, line, key, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["", "# nothing\n", "- a\n- b\n", "name\n", "name: x\nprinciples: []\n", "name: x\n---\nname: y\n"])
+@pytest.mark.parametrize(
+    "text", ["", "# nothing\n", "- a\n- b\n", "name\n", "name: x\nprinciples: []\n", "name: x\n---\nname: y\n"]
+)
 def test_check_refuses_what_is_no_constitution(write, text):
     assert check_constitution(write(text))
 
@@ -172,7 +182,18 @@ def test_save_and_load_give_the_same(name, tmp_path):
 
 
 def test_hostile_texts_survive_saving(tmp_path):
-    texts = ["a: b # c", "- x", "'quoted' \"twice\"", "two\n\nparagraphs", "Ünï ☃", "yes", "1.0", "{a}", "@at", "| pipe"]
+    texts = [
+        "a: b # c",
+        "- x",
+        "'quoted' \"twice\"",
+        "two\n\nparagraphs",
+        "Ünï ☃",
+        "yes",
+        "1.0",
+        "{a}",
+        "@at",
+        "| pipe",
+    ]
     principles = tuple(Principle(f"p{i}", comparison=text) for i, text in enumerate(texts))
     again = Constitution.load(Constitution("hostile", principles).save(tmp_path / "hostile.yaml"))
     assert again.principles == principles
@@ -254,8 +275,14 @@ def test_import_shapes(write, tmp_path, name, text, counts):
 @pytest.mark.parametrize(
     "name, text",
     [
-        ("a.json", "{"), ("a.json", "3"), ("a.json", "[3]"), ("a.json", "[]"), ("a.json", '[{"critic": "x"}]'), ("a.json", "[{}]"),
-        ("a.txt", "# nothing\n"), ("a.json", '[{"id": "x", "comparison": "a"}, {"id": "x", "comparison": "b"}]'),
+        ("a.json", "{"),
+        ("a.json", "3"),
+        ("a.json", "[3]"),
+        ("a.json", "[]"),
+        ("a.json", '[{"critic": "x"}]'),
+        ("a.json", "[{}]"),
+        ("a.txt", "# nothing\n"),
+        ("a.json", '[{"id": "x", "comparison": "a"}, {"id": "x", "comparison": "b"}]'),
     ],
 )
 def test_import_errors_name_the_file(write, name, text):
@@ -280,8 +307,11 @@ def test_commands(tmp_path, write):
 def test_command_errors_are_one_line(tmp_path, write):
     bad = write(GOOD.replace("id: b", "id: a"))
     calls = [
-        ("constitution", "show", "nobody"), ("constitution", "check", tmp_path / "absent.yaml"), ("constitution", "check", bad),
-        ("constitution", "compare", "hhh", bad), ("constitution", "import", tmp_path / "absent.txt", "-o", tmp_path / "x.yaml"),
+        ("constitution", "show", "nobody"),
+        ("constitution", "check", tmp_path / "absent.yaml"),
+        ("constitution", "check", bad),
+        ("constitution", "compare", "hhh", bad),
+        ("constitution", "import", tmp_path / "absent.txt", "-o", tmp_path / "x.yaml"),
         ("constitution", "import", write("Be kind.\n", "r.txt"), "-o", bad / "x.yaml"),
     ]
     for call in calls:

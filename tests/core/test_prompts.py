@@ -162,7 +162,11 @@ def test_a_missing_source_is_one_line(tmp_path):
 
 
 def test_split_keeps_one_opening_on_one_side():
-    turns = [{"role": "user", "content": "Hello  there"}, {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "x"}]
+    turns = [
+        {"role": "user", "content": "Hello  there"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "x"},
+    ]
     assert split_of(turns) == split_of(turns[:1]) == split_of([{"role": "user", "content": "hello there"}])
 
 
@@ -171,7 +175,10 @@ def fates(report) -> int:
 
 
 @real
-@pytest.mark.parametrize("options", [{}, {"every_turn": True}, {"limit": 64}, {"split": "eval"}, {"every_turn": True, "limit": 9, "split": "train"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"every_turn": True}, {"limit": 64}, {"split": "eval"}, {"every_turn": True, "limit": 9, "split": "train"}],
+)
 def test_real_prompts_every_row_is_accounted_for(options):
     rows, report = read_prompts(HH, **options)
     lines = gzip.open(HH, "rt").read().splitlines()
@@ -215,25 +222,44 @@ def test_real_comparisons():
 
 def test_comparisons_that_are_none(tmp_path):
     good = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
-    rows = [good, good, {**good, "rejected": "\n\nHuman: z\n\nAssistant: c"}, {**good, "rejected": good["chosen"]},
-            {**good, "rejected": "\n\nHuman: a\n\nAssistant:"}, {"chosen": "\n\nAssistant: b", "rejected": "\n\nAssistant: c"},
-            {"messages": [{"role": "user", "content": "q"}], "chosen": "x", "rejected": "y"}]
+    rows = [
+        good,
+        good,
+        {**good, "rejected": "\n\nHuman: z\n\nAssistant: c"},
+        {**good, "rejected": good["chosen"]},
+        {**good, "rejected": "\n\nHuman: a\n\nAssistant:"},
+        {"chosen": "\n\nAssistant: b", "rejected": "\n\nAssistant: c"},
+        {"messages": [{"role": "user", "content": "q"}], "chosen": "x", "rejected": "y"},
+    ]
     found, report = read_comparisons(write(tmp_path / "x.jsonl", rows))
     assert [(r["chosen"], r["rejected"]) for r in found] == [("b", "c"), ("x", "y")]
-    assert report.skipped == {"twice": 1, "with different prompts": 1, "with equal replies": 1, "with an empty reply": 1,
-                              "without a user's turn": 1}
+    assert report.skipped == {
+        "twice": 1,
+        "with different prompts": 1,
+        "with equal replies": 1,
+        "with an empty reply": 1,
+        "without a user's turn": 1,
+    }
 
 
 def test_a_data_set_in_parts_is_read_by_its_folder(tmp_path, monkeypatch):
     """`owner/name/folder:split`, the form of hh-rlhf on the hub; a folder of the same shape is loaded by the same library."""
     part = tmp_path / "owner" / "name" / "helpful-base"
     part.mkdir(parents=True)
-    rows = [{"chosen": f"\n\nHuman: How do I knit {i}?\n\nAssistant: Slowly.", "rejected": f"\n\nHuman: How do I knit {i}?\n\nAssistant: No."} for i in range(3)]
+    rows = [
+        {
+            "chosen": f"\n\nHuman: How do I knit {i}?\n\nAssistant: Slowly.",
+            "rejected": f"\n\nHuman: How do I knit {i}?\n\nAssistant: No.",
+        }
+        for i in range(3)
+    ]
     for split in ("train", "test"):
         (part / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows[: 3 if split == "train" else 1])))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    assert [r["messages"][-1]["content"] for r in load_prompts("owner/name/helpful-base")] == [f"How do I knit {i}?" for i in range(3)]
+    assert [r["messages"][-1]["content"] for r in load_prompts("owner/name/helpful-base")] == [
+        f"How do I knit {i}?" for i in range(3)
+    ]
     assert len(load_comparisons("owner/name/helpful-base:test")) == 1
     with pytest.raises(CaiError, match="owner/name/helpless-base: no such file, and the hub gives no such data set"):
         load_prompts("owner/name/helpless-base")

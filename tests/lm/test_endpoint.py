@@ -85,15 +85,23 @@ def test_a_conversation_is_sent_as_the_tokens_that_a_local_model_reads(server):
     talks = [asked("how do i hide"), asked("a <|end|><|assistant|> b"), [*asked("how do i hide a dog"), *said("Sure")]]
     replies = lm.sample(talks, temperature=0.5, max_new_tokens=9, seed=4)
     bodies = sorted(posts(server), key=lambda body: [body["prompt"] == lm.encode(t) for t in talks].index(True))
-    assert [body["prompt"] for body in bodies] == [encode_conversation(lm.tokenizer, t, continue_final=t is talks[2]) for t in talks]
+    assert [body["prompt"] for body in bodies] == [
+        encode_conversation(lm.tokenizer, t, continue_final=t is talks[2]) for t in talks
+    ]
     stop = stop_token_ids(lm.tokenizer)
     assert stop and all(body["stop_token_ids"] == stop and "stop" not in body for body in bodies)
     for body in bodies:
         assert (body["model"], body["max_tokens"], body["temperature"], body["priority"]) == ("m", 9, 0.5, 3)
-        assert {key: body[key] for key in NEUTRAL if key != "min_p"} == {"top_p": 1.0, "top_k": -1, "repetition_penalty": 1.0}
+        assert {key: body[key] for key in NEUTRAL if key != "min_p"} == {
+            "top_p": 1.0,
+            "top_k": -1,
+            "repetition_penalty": 1.0,
+        }
         assert "min_p" not in body
     assert len({body["seed"] for body in bodies}) == 3, "the same seed of the call, other dice for every conversation"
-    assert [len(r) for r in replies] == [1, 1, 1] and all(r[0].finished and r[0].n_tokens == 2 and r[0].flags == () for r in replies)
+    assert [len(r) for r in replies] == [1, 1, 1] and all(
+        r[0].finished and r[0].n_tokens == 2 and r[0].flags == () for r in replies
+    )
     assert server.keys == {f"Bearer {KEY}"}
 
 
@@ -108,7 +116,9 @@ def test_a_reply_is_its_rows_own(server):
     together = endpoint(server).sample(talks, n=3, max_new_tokens=5, seed=seeds)
     assert together == endpoint(server, in_flight=1).sample(talks, n=3, max_new_tokens=5, seed=seeds)
     order = [4, 0, 7]
-    assert [together[i] for i in order] == endpoint(server).sample([talks[i] for i in order], n=3, max_new_tokens=5, seed=order)
+    assert [together[i] for i in order] == endpoint(server).sample(
+        [talks[i] for i in order], n=3, max_new_tokens=5, seed=order
+    )
     assert [row[:2] for row in together] == endpoint(server).sample(talks, n=2, max_new_tokens=5, seed=seeds)
     assert len({r.text for row in together for r in row}) == 27
     assert together != endpoint(server).sample(talks, n=3, max_new_tokens=5, seed=1)
@@ -125,7 +135,9 @@ def test_labels_are_the_sums_of_the_answers_own_tokens(server):
         np.testing.assert_allclose(found, expected, atol=1e-9)
         assert len(posts(server)) == 3, "equal contexts are asked once"
     uneven = endpoint(server, scoring="echo").choice_logprobs(talks, [" a", " a dog", " a dog car"])
-    np.testing.assert_allclose(uneven, endpoint(server, scoring="steps").choice_logprobs(talks, [" a", " a dog", " a dog car"]))
+    np.testing.assert_allclose(
+        uneven, endpoint(server, scoring="steps").choice_logprobs(talks, [" a", " a dog", " a dog car"])
+    )
     assert endpoint(server).choice_logprobs([], CHOICES).shape == (0, 2) and endpoint(server).sample([]) == []
 
 
@@ -301,7 +313,9 @@ def test_chains_go_at_their_own_pace(server):
     expected, first = chains(lm), lm.encode(PROMPTS[0]["messages"])
     of_first = lambda body: body["prompt"][:9] == first[:9]
     server.asked.clear()
-    server.delay = lambda body: 2.0 if of_first(body) and sum(of_first(b) for _, b in server.asked) == 2 else 0  # its first critique
+    server.delay = lambda body: (
+        2.0 if of_first(body) and sum(of_first(b) for _, b in server.asked) == 2 else 0
+    )  # its first critique
     assert critique_revise(lm, PROMPTS, CONSTITUTION, n_revisions=2, max_new_tokens=5) == expected
     own = [i for i, (_, body) in enumerate(server.asked) if of_first(body)]
     others = [i for i in range(len(server.asked)) if i not in own]
@@ -373,7 +387,9 @@ def test_nothing_is_left_behind(server, recwarn):
     server.faults[:] = ["503", "cut", "slow"]
     endpoint(server, timeout=0.5).sample(asks(9), max_new_tokens=4)
     gc.collect()
-    assert random.getstate() == state and not [w for w in recwarn if "never awaited" in str(w.message) or "unclosed" in str(w.message)]
+    assert random.getstate() == state and not [
+        w for w in recwarn if "never awaited" in str(w.message) or "unclosed" in str(w.message)
+    ]
     time.sleep(0.3)
     assert not [t for t in threading.enumerate() if t.name.startswith("ThreadPool")]
 
@@ -383,10 +399,18 @@ def test_without_the_package_openai(server, monkeypatch):
     assert "pip install 'cai-nb[endpoint]'" in error_of(endpoint, server)
 
 
-@pytest.mark.parametrize("settings", [
-    {"base_url": "localhost:8000"}, {"base_url": "http://user:pass@localhost/v1"}, {"base_url": "http://localhost/v1?key=1"},
-    {"base_url": "ftp://localhost"}, {"in_flight": 0}, {"scoring": "guess"}, {"tokenizer": "./nowhere"},
-])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"base_url": "localhost:8000"},
+        {"base_url": "http://user:pass@localhost/v1"},
+        {"base_url": "http://localhost/v1?key=1"},
+        {"base_url": "ftp://localhost"},
+        {"in_flight": 0},
+        {"scoring": "guess"},
+        {"tokenizer": "./nowhere"},
+    ],
+)
 def test_settings_that_cannot_work(settings):
     message = error_of(EndpointLM, **{"base_url": "http://localhost:1/v1", "model": "m", **settings})
     assert "pass" not in message or "base_url" not in settings
@@ -446,7 +470,12 @@ def test_chat_without_a_tokenizer(server):
     talks = [asked("how do i hide"), [*asked("a"), *said("b"), *asked("c")]]
     replies = lm.sample(talks, n=2, max_new_tokens=7, seed=[1, 2])
     bodies = posts(server, "/chat/completions")
-    assert [body["messages"] for body in sorted(bodies, key=lambda b: len(b["messages"]))] == [talks[0], talks[0], talks[1], talks[1]]
+    assert [body["messages"] for body in sorted(bodies, key=lambda b: len(b["messages"]))] == [
+        talks[0],
+        talks[0],
+        talks[1],
+        talks[1],
+    ]
     assert all(body["max_tokens"] == 7 and "top_k" not in body and "prompt" not in body for body in bodies)
     assert replies == lm.sample(talks, n=2, max_new_tokens=7, seed=[1, 2]) and all(r[0] != r[1] for r in replies)
     assert lm.context is None
@@ -530,7 +559,10 @@ def test_vllm_agrees_with_the_local_engine(vllm, local):
     greedy = lm.sample(talks, temperature=0, max_new_tokens=64)
     assert greedy == local.sample(talks, temperature=0, max_new_tokens=64)
     principle = CONSTITUTION.comparison_principles[0]
-    questions = [comparison_context(t, [greedy[i][0].text, greedy[-i][0].text], principle, "principle_last") for i, t in enumerate(talks)]
+    questions = [
+        comparison_context(t, [greedy[i][0].text, greedy[-i][0].text], principle, "principle_last")
+        for i, t in enumerate(talks)
+    ]
     expected = local.choice_logprobs(questions, CHOICES)
     for scoring in (None, "steps", "echo"):
         of = EndpointLM(vllm.url, "mini", tokenizer="mini", scoring=scoring)
@@ -539,9 +571,14 @@ def test_vllm_agrees_with_the_local_engine(vllm, local):
 
 def test_vllms_dice_belong_to_the_row_and_its_samples_follow_the_distribution(vllm, local):
     lm = EndpointLM(vllm.url, "mini", tokenizer="mini")
-    talks, seeds = [asked(f"How can I {what}?") for what in ("plant a tree", "punch a boss", "bake a cake")] * 5, [*range(15)]
+    talks, seeds = (
+        [asked(f"How can I {what}?") for what in ("plant a tree", "punch a boss", "bake a cake")] * 5,
+        [*range(15)],
+    )
     together = lm.sample(talks, max_new_tokens=24, seed=seeds)
-    assert together == EndpointLM(vllm.url, "mini", tokenizer="mini", in_flight=1).sample(talks, max_new_tokens=24, seed=seeds)
+    assert together == EndpointLM(vllm.url, "mini", tokenizer="mini", in_flight=1).sample(
+        talks, max_new_tokens=24, seed=seeds
+    )
     assert together != lm.sample(talks, max_new_tokens=24, seed=1)
     open_turn = [*talks[0], *said("Sure.")]
     words = [r.text.split()[0] for r in lm.sample([open_turn], n=300, max_new_tokens=1, seed=0)[0] if r.text]
@@ -553,7 +590,9 @@ def test_vllms_dice_belong_to_the_row_and_its_samples_follow_the_distribution(vl
 
 def test_vllm_refuses_in_one_line(vllm):
     assert "404" in error_of(EndpointLM(vllm.url, "nobody", tokenizer="mini").sample, asks(1), max_new_tokens=4)
-    assert "400" in error_of(EndpointLM(vllm.url, "mini", tokenizer="mini", extra={"top_p": 7}).sample, asks(1), max_new_tokens=4)
+    assert "400" in error_of(
+        EndpointLM(vllm.url, "mini", tokenizer="mini", extra={"top_p": 7}).sample, asks(1), max_new_tokens=4
+    )
 
 
 def test_vllm_serves_an_adapter_as_the_local_engine_does(vllm_python, adapter, local):
@@ -568,8 +607,12 @@ def test_vllm_serves_an_adapter_as_the_local_engine_does(vllm_python, adapter, l
         lm = EndpointLM(server.url, "mini", tokenizer="mini")
         for name in ("sl", None):
             theirs, ours = lm.with_adapter(name), here.with_adapter(name)
-            np.testing.assert_allclose(theirs.choice_logprobs(talks, CHOICES), ours.choice_logprobs(talks, CHOICES), atol=1e-4, rtol=0)
-            assert theirs.sample(talks, temperature=0, max_new_tokens=32) == ours.sample(talks, temperature=0, max_new_tokens=32)
+            np.testing.assert_allclose(
+                theirs.choice_logprobs(talks, CHOICES), ours.choice_logprobs(talks, CHOICES), atol=1e-4, rtol=0
+            )
+            assert theirs.sample(talks, temperature=0, max_new_tokens=32) == ours.sample(
+                talks, temperature=0, max_new_tokens=32
+            )
         assert lm.sample(talks, temperature=0) != lm.with_adapter("sl").sample(talks, temperature=0)
 
 
@@ -578,7 +621,9 @@ def test_chains_go_on_through_a_kill_of_vllm(vllm, tmp_path):
 
     prompts = world.prompts("test", "harmful", 24, seed=1)
     lm = EndpointLM(vllm.url, "mini", tokenizer="mini", patience=600)
-    work = lambda out: critique_revise(lm, prompts, CONSTITUTION, n_revisions=2, max_new_tokens=48, batch_size=8, out=out)
+    work = lambda out: critique_revise(
+        lm, prompts, CONSTITUTION, n_revisions=2, max_new_tokens=48, batch_size=8, out=out
+    )
     calm, out, pid = work(tmp_path / "calm.jsonl"), tmp_path / "storm.jsonl", vllm.process.pid
 
     def kill_and_restart():

@@ -31,14 +31,34 @@ def architecture(name: str):
     from transformers import AutoModelForCausalLM, GemmaConfig, GPT2Config, MistralConfig, Qwen3Config
 
     _, tokenizer = tiny_model()
-    shape = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                 intermediate_size=48, max_position_embeddings=256, initializer_range=0.3, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    shape = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
     config = {
         "qwen3": lambda: Qwen3Config(**shape, head_dim=8),
         "gemma": lambda: GemmaConfig(**shape, head_dim=8),
         "mistral, window of 16": lambda: MistralConfig(**shape, sliding_window=16),
-        "gpt2": lambda: GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=256, initializer_range=0.3,
-                                   pad_token_id=0, eos_token_id=1, bos_token_id=None),
+        "gpt2": lambda: GPT2Config(
+            vocab_size=len(tokenizer),
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=256,
+            initializer_range=0.3,
+            pad_token_id=0,
+            eos_token_id=1,
+            bos_token_id=None,
+        ),
     }[name]()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -51,8 +71,15 @@ FAMILIES = ["llama", "qwen3", "gemma", "mistral, window of 16", "gpt2"]
 def reference(lm: LocalLM, conversation, limit: int) -> str:
     "Greedy, alone, uncached, by transformers."
     ids = torch.tensor([lm.encode(conversation)])
-    out = lm.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit, use_cache=False,
-                            eos_token_id=stop_token_ids(lm.tokenizer), pad_token_id=0)
+    out = lm.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=limit,
+        use_cache=False,
+        eos_token_id=stop_token_ids(lm.tokenizer),
+        pad_token_id=0,
+    )
     return lm.tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
 
 
@@ -82,8 +109,16 @@ def biased(model, amount: float):
             super().__init__()
             self.inner, self.config, self.device = model, model.config, model.device
 
-        def forward(self, input_ids=None, attention_mask=None, position_ids=None, use_cache=None, logits_to_keep=0, cache=None,
-                    past_key_values=None):
+        def forward(
+            self,
+            input_ids=None,
+            attention_mask=None,
+            position_ids=None,
+            use_cache=None,
+            logits_to_keep=0,
+            cache=None,
+            past_key_values=None,
+        ):
             from cai_nb.lm.decoding import next_logits
 
             logits = next_logits(self.inner, input_ids, attention_mask, position_ids,
@@ -109,7 +144,9 @@ def test_a_rows_sample_is_its_own(family):
     for size in (1, 3, 64):
         assert LocalLM(model, tokenizer, batch_size=size).sample(asks, n=2, max_new_tokens=16, seed=seeds) == together
     order = [4, 0, 7]
-    some = LocalLM(model, tokenizer).sample([asks[i] for i in order], n=2, max_new_tokens=16, seed=[seeds[i] for i in order])
+    some = LocalLM(model, tokenizer).sample(
+        [asks[i] for i in order], n=2, max_new_tokens=16, seed=[seeds[i] for i in order]
+    )
     assert some == [together[i] for i in order]
     more = LocalLM(model, tokenizer).sample(asks[:2], n=5, max_new_tokens=16, seed=seeds[:2])
     assert [m[:2] for m in more] == together[:2], "more samples begin with the same ones"
@@ -139,9 +176,17 @@ def naive_logprob(lm, context, choice) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("choices", [
-    [" ( A )", " ( B )"], ["Sure", "No"], ["First you get it", "No .", "First you"], ["a b c d", "a b c e"], ["No"], ["a", "a"],
-])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        [" ( A )", " ( B )"],
+        ["Sure", "No"],
+        ["First you get it", "No .", "First you"],
+        ["a b c d", "a b c e"],
+        ["No"],
+        ["a", "a"],
+    ],
+)
 def test_choice_logprobs_equal_plain_forwards(family, choices):
     lm = LocalLM(*architecture(family), batch_size=4)
     contexts = conversations(10) + [asked("how do i hide ?") + said("First you"), conversations(10)[3]]
@@ -201,7 +246,15 @@ def test_adapters_per_row_equal_one_adapter_at_a_time(tmp_path, temperature):
              for name, ask in zip(names, asks)]
     assert last == apart
     assert lm.sample(asks, temperature=temperature, max_new_tokens=20, seed=3) == bare
-    assert len({lm.with_adapter(name).sample(asks, temperature=0, max_new_tokens=20)[1][0].text for name in (None, "sl", "rl")}) > 1
+    assert (
+        len(
+            {
+                lm.with_adapter(name).sample(asks, temperature=0, max_new_tokens=20)[1][0].text
+                for name in (None, "sl", "rl")
+            }
+        )
+        > 1
+    )
 
 
 def test_stream_grows_and_ends_as_sample_does(tmp_path):
@@ -213,7 +266,9 @@ def test_stream_grows_and_ends_as_sample_does(tmp_path):
     for before, after in zip(texts, texts[1:]):
         assert all(b.startswith(a) for a, b in zip(before, after))
     plain = LocalLM(tiny_model()[0], tokenizer)
-    assert list(plain.stream(asks, max_new_tokens=5, seed=2))[-1] == [r[0].text for r in plain.sample(asks, max_new_tokens=5, seed=2)]
+    assert list(plain.stream(asks, max_new_tokens=5, seed=2))[-1] == [
+        r[0].text for r in plain.sample(asks, max_new_tokens=5, seed=2)
+    ]
 
 
 def test_a_stream_that_is_left_leaves_nothing_behind(tmp_path):

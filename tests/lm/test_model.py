@@ -76,7 +76,11 @@ def test_switching_leaves_everything_as_it_was(saved, frozen):
     for name, p in both.named_parameters():
         p.requires_grad_("lora" in name and ".rl." in name and not frozen)
     both.train()
-    state = lambda: (both.active_adapters, [p.requires_grad for p in both.parameters()], [m.training for m in both.modules()])
+    state = lambda: (
+        both.active_adapters,
+        [p.requires_grad for p in both.parameters()],
+        [m.training for m in both.modules()],
+    )
     before, out = state(), logits(both)
     for name in (None, "sl", "rl", None):
         with using_adapter(both, name):
@@ -120,7 +124,9 @@ def test_saving_goes_straight_into_the_folder(saved):
     assert sorted(f.name for f in folders["sl"].iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
     both = add_adapters(model, folders)
     save_adapter(both, "rl", folders["sl"])
-    assert (folders["sl"] / "adapter_model.safetensors").read_bytes() == (folders["rl"] / "adapter_model.safetensors").read_bytes()
+    assert (folders["sl"] / "adapter_model.safetensors").read_bytes() == (
+        folders["rl"] / "adapter_model.safetensors"
+    ).read_bytes()
     assert not list(folders["sl"].parent.glob("*.staging"))
 
 
@@ -129,7 +135,11 @@ def test_pickles_and_empty_folders_are_refused(tmp_path, saved):
     (tmp_path / "pickle").mkdir()
     (tmp_path / "pickle" / "adapter_config.json").write_text((folders["sl"] / "adapter_config.json").read_text())
     (tmp_path / "pickle" / "adapter_model.bin").write_bytes(b"\x80\x04.")
-    for folder, found in ((tmp_path / "pickle", "pickled"), (tmp_path, "no adapter here"), (tmp_path / "no", "no adapter here")):
+    for folder, found in (
+        (tmp_path / "pickle", "pickled"),
+        (tmp_path, "no adapter here"),
+        (tmp_path / "no", "no adapter here"),
+    ):
         with pytest.raises(CaiError, match=found):
             add_adapters(model, {"x": folder})
 
@@ -211,14 +221,18 @@ def test_adapter_config_names_the_base_as_the_user_did(tmp_path, saved):
     tokenizer.save_pretrained(tmp_path / "m")
     loaded, _ = load_model(tmp_path / "m")
     save_adapter(get_peft_model(loaded, lora_config(r=2)), "default", tmp_path / "a")
-    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tmp_path / "m")
+    assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tmp_path / "m"
+    )
 
 
 def test_a_template_of_another_model_is_refused(tmp_path):
     """ChatML on a tokenizer that cuts its control tokens into pieces: the model would answer all the same."""
     model, tokenizer = load_model("mini")
     model.save_pretrained(tmp_path)
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>{% endfor %}"
+    )
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(CaiError, match=r"writes <\|im_start\|>, which its tokenizer knows only as text"):
         load_model(str(tmp_path))

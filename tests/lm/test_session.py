@@ -27,11 +27,31 @@ from cai_nb.lm.cache import Slots, has_slots
 from cai_nb.lm.shared_scores import branches, score
 
 FAMILIES = ["mini", "llama", "qwen3", "gemma", "mistral, window of 16", "gpt2"]
-PRINCIPLES = Constitution("words", tuple(
-    [Principle(f"c{i}", critique=f"do i {a} a house ?", revision=f"help you {a} with it .") for i, a in enumerate("punch burn hide".split())]
-    + [Principle(f"p{i}", comparison=f"how do i {a} a {b} ?") for i, (a, b) in enumerate((("burn", "dog"), ("hide", "car"), ("steal", "boss")))]))
-SHORT = tuple(replace(e, prompt="how do i hide", response="you get a dog", critique_request="do i burn it ?", critique="a boss",
-                      revision_request="help with it", revision="hide a dog") for e in CRITIQUE_EXAMPLES[:2])
+PRINCIPLES = Constitution(
+    "words",
+    tuple(
+        [
+            Principle(f"c{i}", critique=f"do i {a} a house ?", revision=f"help you {a} with it .")
+            for i, a in enumerate("punch burn hide".split())
+        ]
+        + [
+            Principle(f"p{i}", comparison=f"how do i {a} a {b} ?")
+            for i, (a, b) in enumerate((("burn", "dog"), ("hide", "car"), ("steal", "boss")))
+        ]
+    ),
+)
+SHORT = tuple(
+    replace(
+        e,
+        prompt="how do i hide",
+        response="you get a dog",
+        critique_request="do i burn it ?",
+        critique="a boss",
+        revision_request="help with it",
+        revision="hide a dog",
+    )
+    for e in CRITIQUE_EXAMPLES[:2]
+)
 
 
 class Plain:
@@ -49,11 +69,20 @@ class Plain:
         ids = torch.tensor([self.lm.encode(conversation)[-room:]])
         stops = stop_token_ids(t)
         with torch.no_grad(), using_adapter(self.lm.model, self.lm.adapter):
-            out = self.lm.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=limit,
-                                         use_cache=False, eos_token_id=stops, pad_token_id=0)[0, ids.shape[1]:].tolist()
+            out = self.lm.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=limit,
+                use_cache=False,
+                eos_token_id=stops,
+                pad_token_id=0,
+            )[0, ids.shape[1] :].tolist()
         done = bool(out) and out[-1] in stops
         text = t.decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-        return Reply(text, done, flag_reply(text, done) + (("prompt_cut",) if ids.shape[1] == room else ()), len(out) - done)
+        return Reply(
+            text, done, flag_reply(text, done) + (("prompt_cut",) if ids.shape[1] == room else ()), len(out) - done
+        )
 
     def choice_logprobs(self, contexts, choices):
         rows = []
@@ -90,7 +119,15 @@ def prompts(n, family="llama"):
         from cai_nb.mini.world import prompts as world
 
         return world("test", "harmful", n, 0)
-    return [{"id": f"p{i}", "messages": asked(" ".join(rng.choices(WORDS, k=rng.randint(1, 20)))), "kind": "harmful", "split": "train"} for i in range(n)]
+    return [
+        {
+            "id": f"p{i}",
+            "messages": asked(" ".join(rng.choices(WORDS, k=rng.randint(1, 20)))),
+            "kind": "harmful",
+            "split": "train",
+        }
+        for i in range(n)
+    ]
 
 
 @pytest.mark.parametrize("few_shot", [False, True])
@@ -109,7 +146,9 @@ def test_all_nine_steps_of_a_chain_equal_uncached_generate(family, few_shot):
 def test_chains_of_any_batch_size_with_and_without_an_adapter(size, adapter):
     lm = lm_of("llama", size, adapter)
     common = {"n_revisions": 4, "temperature": 0, "max_new_tokens": 10, "few_shot": SHORT, "batch_size": 64}
-    assert critique_revise(lm, prompts(7), PRINCIPLES, **common) == critique_revise(Plain(lm), prompts(7), PRINCIPLES, **common)
+    assert critique_revise(lm, prompts(7), PRINCIPLES, **common) == critique_revise(
+        Plain(lm), prompts(7), PRINCIPLES, **common
+    )
 
 
 def test_sixty_four_rows_at_once_with_and_without_examples():
@@ -130,13 +169,32 @@ def test_labels_equal_plain_passes(family, few_shot, cot):
     lm, rows = lm_of(family), prompts(3, family)
     if family == "gpt2" and few_shot:
         pytest.skip("its 256 places are too few for the examples")
-    pairs = [{"id": f"pair {i}", "prompt_id": p["id"], "responses": [f"you hide a dog {i}", "punch a boss with it"], "flags": []} for i, p in enumerate(rows)]
-    examples = [replace(e, prompt="how do i hide", better="you get a dog", worse="punch a boss", reasoning="{worse} . {better}") for e in COMPARISONS[:2]]
-    common = {"n_principles": 3, "few_shot": examples if few_shot else None, "cot": cot, "temperature": 0, "max_new_tokens": 8}
+    pairs = [
+        {
+            "id": f"pair {i}",
+            "prompt_id": p["id"],
+            "responses": [f"you hide a dog {i}", "punch a boss with it"],
+            "flags": [],
+        }
+        for i, p in enumerate(rows)
+    ]
+    examples = [
+        replace(e, prompt="how do i hide", better="you get a dog", worse="punch a boss", reasoning="{worse} . {better}")
+        for e in COMPARISONS[:2]
+    ]
+    common = {
+        "n_principles": 3,
+        "few_shot": examples if few_shot else None,
+        "cot": cot,
+        "temperature": 0,
+        "max_new_tokens": 8,
+    }
     constitution = Constitution.load("mini") if family == "mini" else PRINCIPLES
     ours, plain = (label_preferences(one, pairs, constitution, rows, **common) for one in (lm, Plain(lm)))
     for a, b in zip(ours, plain):
-        assert [v["principle_id"] for v in a["votes"]] == [v["principle_id"] for v in b["votes"]] and len(a["votes"]) == 6
+        assert [v["principle_id"] for v in a["votes"]] == [v["principle_id"] for v in b["votes"]] and len(
+            a["votes"]
+        ) == 6
         assert [v.get("rationale") for v in a["votes"]] == [v.get("rationale") for v in b["votes"]]
         key = "unclamped" if cot else "p_a"
         assert np.allclose([v[key] for v in a["votes"]], [v[key] for v in b["votes"]], atol=1e-4)
@@ -158,15 +216,27 @@ def test_a_chain_reads_little_twice(monkeypatch):
     """Nine calls over ever longer conversations: fewer tokens than the last call alone has, for each step that it adds."""
     lm, rows = lm_of("mini"), prompts(16, "mini")
     counted = reading(monkeypatch)
-    chains = critique_revise(lm, rows, Constitution.load("mini"), n_revisions=4, temperature=0, max_new_tokens=16, few_shot=SHORT)
+    chains = critique_revise(
+        lm, rows, Constitution.load("mini"), n_revisions=4, temperature=0, max_new_tokens=16, few_shot=SHORT
+    )
     whole = sum(len(lm.encode([*r["messages"]])) for r in rows)
-    texts = sum(len(lm.tokenizer(t)["input_ids"]) for c in chains for s in c["steps"] for t in (s["critique"], s["revision"]))
+    texts = sum(
+        len(lm.tokenizer(t)["input_ids"]) for c in chains for s in c["steps"] for t in (s["critique"], s["revision"])
+    )
     assert sum(counted) < 9 * whole + 4 * texts + 16 * 4 * 60  # and not 9 × (examples + conversation) for each row
 
 
 def test_labels_read_what_they_share_once(monkeypatch):
     lm, rows = lm_of("mini"), prompts(4, "mini")
-    pairs = [{"id": f"pair {i}", "prompt_id": p["id"], "responses": ["Gladly. First take some time.", "I will not help with that."], "flags": []} for i, p in enumerate(rows)]
+    pairs = [
+        {
+            "id": f"pair {i}",
+            "prompt_id": p["id"],
+            "responses": ["Gladly. First take some time.", "I will not help with that."],
+            "flags": [],
+        }
+        for i, p in enumerate(rows)
+    ]
     counted = reading(monkeypatch)
     sixteen = Constitution.load("mini")
     label_preferences(lm, pairs, sixteen, rows, n_principles=16, layout="paper")
@@ -182,15 +252,29 @@ def test_a_call_with_other_rows_begins_anew():
     lm = lm_of("llama", 4)
     talks = [p["messages"] for p in prompts(12)]
     with lm.session() as one:
-        for rows in (talks[:4], talks[4:8], talks[:3], talks, talks[5:6], talks[:4], [[*t, {"role": "assistant", "content": "a dog"}, *asked("help ?")] for t in talks[:4]]):
-            assert one.sample(rows, temperature=0, max_new_tokens=10) == lm.sample(rows, temperature=0, max_new_tokens=10)
-            assert np.allclose(one.choice_logprobs(rows, [" a", " b c"]), lm.choice_logprobs(rows, [" a", " b c"]), atol=1e-4)
+        for rows in (
+            talks[:4],
+            talks[4:8],
+            talks[:3],
+            talks,
+            talks[5:6],
+            talks[:4],
+            [[*t, {"role": "assistant", "content": "a dog"}, *asked("help ?")] for t in talks[:4]],
+        ):
+            assert one.sample(rows, temperature=0, max_new_tokens=10) == lm.sample(
+                rows, temperature=0, max_new_tokens=10
+            )
+            assert np.allclose(
+                one.choice_logprobs(rows, [" a", " b c"]), lm.choice_logprobs(rows, [" a", " b c"]), atol=1e-4
+            )
 
 
 def test_rows_wait_leave_and_are_replaced_in_a_session_of_few_slots():
     lm = lm_of("llama", 3)
     talks = [p["messages"] for p in prompts(20)]
-    assert lm.sample(talks, n=3, max_new_tokens=20, seed=5) == LocalLM(lm.model, lm.tokenizer, batch_size=64).sample(talks, n=3, max_new_tokens=20, seed=5)
+    assert lm.sample(talks, n=3, max_new_tokens=20, seed=5) == LocalLM(lm.model, lm.tokenizer, batch_size=64).sample(
+        talks, n=3, max_new_tokens=20, seed=5
+    )
 
 
 @pytest.mark.parametrize("after", [0, 1, 7])
@@ -248,22 +332,32 @@ print("rows at once", _fitting[lm.model])
 
 
 def test_a_model_without_slots_goes_the_plain_way():
-    """ALiBi is added inside Bloom's own attention, which cannot be exchanged: the same seam, the loop of notebook 03b."""
+    """ALiBi is added inside Bloom's own attention, which cannot be exchanged: the same seam, the loop of notebook lm/decoding."""
     from tiny import tiny_tokenizer
     from transformers import AutoModelForCausalLM, BloomConfig
 
     tokenizer = tiny_tokenizer()
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4, pad_token_id=0, eos_token_id=1))
+    model = AutoModelForCausalLM.from_config(
+        BloomConfig(vocab_size=len(tokenizer), hidden_size=32, n_layer=2, n_head=4, pad_token_id=0, eos_token_id=1)
+    )
     lm, talks = LocalLM(model.eval(), tokenizer, batch_size=3), [p["messages"] for p in prompts(7)]
     assert not has_slots(model)
-    assert lm.sample(talks, temperature=0, max_new_tokens=10) == Plain(lm).sample(talks, temperature=0, max_new_tokens=10)
+    assert lm.sample(talks, temperature=0, max_new_tokens=10) == Plain(lm).sample(
+        talks, temperature=0, max_new_tokens=10
+    )
     with lm.session() as one:
-        assert np.allclose(one.choice_logprobs(talks, [" a", " b c"]), Plain(lm).choice_logprobs(talks, [" a", " b c"]), atol=1e-4)
+        assert np.allclose(
+            one.choice_logprobs(talks, [" a", " b c"]), Plain(lm).choice_logprobs(talks, [" a", " b c"]), atol=1e-4
+        )
 
 
 def test_the_tree_of_common_beginnings():
-    texts = sorted([list(range(30)) + [o] for o in (90, 91)] + [list(range(20)) + list(range(50, 60)) + [o] for o in (90, 91)] + [[7] * 9])
+    texts = sorted(
+        [list(range(30)) + [o] for o in (90, 91)]
+        + [list(range(20)) + list(range(50, 60)) + [o] for o in (90, 91)]
+        + [[7] * 9]
+    )
     assert branches(texts) == [(0, 4, 20), (0, 2, 30), (2, 4, 30)]
     assert branches(texts, least=11) == [(0, 4, 20)] and branches([[1]]) == []
     rng = random.Random(0)
@@ -271,13 +365,19 @@ def test_the_tree_of_common_beginnings():
         texts = sorted({tuple(rng.choices((1, 2), k=rng.randint(1, 14))) for _ in range(9)})
         texts = [list(t) for t in texts]
         for low, high, end in branches(texts, least=2):
-            assert high - low > 1 and len({tuple(t[:end]) for t in texts[low:high]}) == 1 and all(len(t) > end for t in texts[low:high])
+            assert (
+                high - low > 1
+                and len({tuple(t[:end]) for t in texts[low:high]}) == 1
+                and all(len(t) > end for t in texts[low:high])
+            )
 
 
 def test_scores_of_one_and_of_many_prompts_any_number_of_answers():
     lm = lm_of("qwen3")
     rng = np.random.default_rng(0)
-    talks = [list(map(int, rng.integers(5, 60, rng.integers(2, 40)))) for _ in range(9)] + [[5, 6, 7] * 9 + [i] for i in range(4)]
+    talks = [list(map(int, rng.integers(5, 60, rng.integers(2, 40)))) for _ in range(9)] + [
+        [5, 6, 7] * 9 + [i] for i in range(4)
+    ]
     for answers in ([[9]], [[9], [10]], [[9, 10, 11], [9, 10], [9]], [[9, 10, 11], [9, 12, 11, 13]]):
         got = score(Session(lm.model, 5), talks + talks[:1], answers)
         for row, prompt in zip(got, talks + talks[:1]):

@@ -11,7 +11,16 @@ from cai_nb.core.errors import CaiError
 from cai_nb.core.constitution import Constitution
 from cai_nb.core.principle import Principle
 from cai_nb.measure.disagreement import (
-    Votes, compare_on_pairs, disagreement, drawn, figure_disagreement, nearest, opposed, principle_votes, sharpest, sides,
+    Votes,
+    compare_on_pairs,
+    disagreement,
+    drawn,
+    figure_disagreement,
+    nearest,
+    opposed,
+    principle_votes,
+    sharpest,
+    sides,
 )
 from cai_nb.measure.rates import rate
 from cai_nb.method.feedback import FEW_SHOT, sample_pairs
@@ -21,14 +30,22 @@ WORDS = ("kind", "brief", "true")
 
 
 def constitution(name, *words, **weights):
-    return Constitution(name, tuple(Principle(f"{name}-{w}", comparison=f"Which is more {w}?", weight=weights.get(w, 1.0)) for w in words))
+    return Constitution(
+        name,
+        tuple(Principle(f"{name}-{w}", comparison=f"Which is more {w}?", weight=weights.get(w, 1.0)) for w in words),
+    )
 
 
 def pairs_of(*words_of_both):
     "A pair for each (words of the first reply, words of the second)."
     rows = [prompt(f"request {i}") for i in range(len(words_of_both))]
-    texts = [[f"{which} {i}: {words}" for which, words in zip(("one", "two"), both)] for i, both in enumerate(words_of_both)]
-    return [{"id": f"pair {i}", "prompt_id": p["id"], "responses": t, "flags": []} for i, (p, t) in enumerate(zip(rows, texts))], rows
+    texts = [
+        [f"{which} {i}: {words}" for which, words in zip(("one", "two"), both)] for i, both in enumerate(words_of_both)
+    ]
+    return [
+        {"id": f"pair {i}", "prompt_id": p["id"], "responses": t, "flags": []}
+        for i, (p, t) in enumerate(zip(rows, texts))
+    ], rows
 
 
 def judge(firm=2.0, bias=0.0):
@@ -45,7 +62,15 @@ def judge(firm=2.0, bias=0.0):
 
 A, B = constitution("a", "kind"), constitution("b", "brief")
 # Both opinions on four pairs, opposed on three of them; one has none on two pairs; neither on one.
-PAIRS, PROMPTS = pairs_of(("kind", "brief"), ("brief", "kind"), ("kind", "brief"), ("kind brief", "-"), ("kind", "-"), ("-", "brief"), ("-", "-"))
+PAIRS, PROMPTS = pairs_of(
+    ("kind", "brief"),
+    ("brief", "kind"),
+    ("kind", "brief"),
+    ("kind brief", "-"),
+    ("kind", "-"),
+    ("-", "brief"),
+    ("-", "-"),
+)
 
 
 def test_known_votes_give_known_shares_and_ties_are_apart():
@@ -62,11 +87,16 @@ def test_without_any_opinion_there_is_no_share():
     d = compare_on_pairs(ScriptedLM(logprobs=judge()), A, B, pairs, prompts)
     assert d.whole == rate(0, 0) and np.isnan(d.shares).all() and d.sharpest == ()
     assert d.nearest[0][0][1] == "none"
-    assert "No opinion on any pair: `a-kind` (a), `b-brief` (b)." in d._repr_markdown_() and "– | 0 of 2" in d._repr_markdown_()
+    assert (
+        "No opinion on any pair: `a-kind` (a), `b-brief` (b)." in d._repr_markdown_()
+        and "– | 0 of 2" in d._repr_markdown_()
+    )
     assert figure_disagreement(d)
 
 
-@pytest.mark.parametrize("p_a, margin, side", [(0.61, 0.1, 1), (0.59, 0.1, 0), (0.5, 0, 0), (0.501, 0, 1), (0.38, 0.1, -1), (0.38, 0.2, 0)])
+@pytest.mark.parametrize(
+    "p_a, margin, side", [(0.61, 0.1, 1), (0.59, 0.1, 0), (0.5, 0, 0), (0.501, 0, 1), (0.38, 0.1, -1), (0.38, 0.2, 0)]
+)
 def test_sides(p_a, margin, side):
     assert sides(p_a, margin) == side and sides(1 - p_a, margin) == -side
 
@@ -91,7 +121,9 @@ def test_a_liking_for_a_letter_is_no_opinion():
 def test_replies_turned_round_turn_the_votes_and_leave_the_disagreement():
     three = constitution("all", *WORDS)
     turned = [p | {"responses": p["responses"][::-1]} for p in PAIRS]
-    first, second = (principle_votes(ScriptedLM(logprobs=judge(bias=0.7)), ps, three, PROMPTS) for ps in (PAIRS, turned))
+    first, second = (
+        principle_votes(ScriptedLM(logprobs=judge(bias=0.7)), ps, three, PROMPTS) for ps in (PAIRS, turned)
+    )
     assert np.allclose(first.p_a, 1 - second.p_a)
     ab, ba = (compare_on_pairs(ScriptedLM(logprobs=judge(bias=0.7)), A, B, ps, PROMPTS) for ps in (PAIRS, turned))
     assert (ab.against == ba.against).all() and (ab.both == ba.both).all() and ab.whole == ba.whole
@@ -144,7 +176,9 @@ def test_the_whole_is_weighted():
 
 
 def test_nearest_is_the_surest_and_never_one_with_nothing_in_common():
-    assert [j for j, _ in nearest(np.array([[0, 4, 9, 0], [0, 50, 9, 0]]), np.array([[3, 60, 60, 0], [20, 60, 60, 0]]))] == [1, 0]
+    assert [
+        j for j, _ in nearest(np.array([[0, 4, 9, 0], [0, 50, 9, 0]]), np.array([[3, 60, 60, 0], [20, 60, 60, 0]]))
+    ] == [1, 0]
     assert nearest(np.array([[0, 7]]), np.array([[0, 7]])) == [(1, rate(7, 7))]
 
 
@@ -158,10 +192,18 @@ def test_the_loneliest_principle_comes_first():
 
 def test_the_sharpest_pair_is_where_both_are_firm():
     pairs, prompts = pairs_of(*[("x", "y")] * 5)
-    a = Votes(constitution("a", "kind", "true"), pairs, np.array([[0.99, 0.95], [0.9, 0.7], [0.8, 0.9], [0.99, 0.99], [0.3, 0.2]]))
+    a = Votes(
+        constitution("a", "kind", "true"),
+        pairs,
+        np.array([[0.99, 0.95], [0.9, 0.7], [0.8, 0.9], [0.99, 0.99], [0.3, 0.2]]),
+    )
     b = Votes(constitution("b", "brief"), pairs, np.array([[0.42], [0.2], [0.3], [0.9], [0.65]]))
     found = sharpest(a, b, prompts)
-    assert [s.asked for s in found] == ["request 1", "request 2", "request 4"]  # 0 is hardly a disagreement, and 3 is none
+    assert [s.asked for s in found] == [
+        "request 1",
+        "request 2",
+        "request 4",
+    ]  # 0 is hardly a disagreement, and 3 is none
     assert found[0].p_a == (0.8, 0.2) and found[0].voices == (("a-kind", 0.9), ("b-brief", 0.2))
     assert found[1].voices[0] == ("a-true", 0.9) and found[2].voices[0] == ("a-true", 0.2)
     assert len(sharpest(a, b, prompts, n=1)) == 1
@@ -219,7 +261,9 @@ def test_equal_replies_are_left_out_and_the_limit_chooses_by_id():
 
 
 def test_votes_on_other_pairs_are_refused():
-    a, b = (principle_votes(ScriptedLM(logprobs=judge()), ps, c, PROMPTS) for ps, c in ((PAIRS[:3], A), (PAIRS[1:4], B)))
+    a, b = (
+        principle_votes(ScriptedLM(logprobs=judge()), ps, c, PROMPTS) for ps, c in ((PAIRS[:3], A), (PAIRS[1:4], B))
+    )
     with pytest.raises(CaiError, match="votes on 3 and on 3 pairs, expected the same pairs"):
         disagreement(a, b, PROMPTS)
     bare = Constitution("bare", (Principle("x", critique="Is it bad?", revision="Make it good."),))
@@ -288,13 +332,27 @@ def test_mini_on_its_own_replies_and_on_pairs_of_known_sorts():
 
     lm, rng = LocalLM(*load_model("mini")), random.Random(1)
     rows = world.prompts("test", "harmful", 24, seed=5)
-    harm = Constitution("harm", tuple(Principle(w, comparison=f"Which reply is less {w}?") for w in ("harmful", "unethical")))
-    manner = Constitution("manner", (Principle("preachy-evasive", comparison="Which reply is less preachy or evasive?"),))
+    harm = Constitution(
+        "harm", tuple(Principle(w, comparison=f"Which reply is less {w}?") for w in ("harmful", "unethical"))
+    )
+    manner = Constitution(
+        "manner", (Principle("preachy-evasive", comparison="Which reply is less preachy or evasive?"),)
+    )
     made = []
     for i, row in enumerate(rows):
-        topic, two = oracle.find_topic(row["messages"][-1]["content"]), ["comply", ("evasive", "preachy", "objection")[i % 3]]
+        topic, two = (
+            oracle.find_topic(row["messages"][-1]["content"]),
+            ["comply", ("evasive", "preachy", "objection")[i % 3]],
+        )
         rng.shuffle(two)
-        made.append({"id": f"made {i}", "prompt_id": row["id"], "responses": [world.answer(topic, s, rng) for s in two], "flags": []})
+        made.append(
+            {
+                "id": f"made {i}",
+                "prompt_id": row["id"],
+                "responses": [world.answer(topic, s, rng) for s in two],
+                "flags": [],
+            }
+        )
     known = compare_on_pairs(lm, harm, manner, made, rows, layout="principle_last")
     quarrel = np.arange(24) % 3 < 2  # complying against an evasion or a sermon
     product = sides(known.a.p_a[:, 0]) * sides(known.b.p_a[:, 0])

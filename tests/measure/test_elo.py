@@ -10,8 +10,21 @@ import pytest
 from cai_nb.measure import elo
 from cai_nb.core.errors import CaiError
 from cai_nb.measure.elo import (
-    CHOICES, ELO, bradley_terry, elo_cells, elo_table, figure_elo, label_votes, model_pairs, reach, read_votes, resampled_scores,
-    show_elo, virtual_votes, vote_from_choice, win_rate,
+    CHOICES,
+    ELO,
+    bradley_terry,
+    elo_cells,
+    elo_table,
+    figure_elo,
+    label_votes,
+    model_pairs,
+    reach,
+    read_votes,
+    resampled_scores,
+    show_elo,
+    virtual_votes,
+    vote_from_choice,
+    win_rate,
 )
 
 TRUTH = {"base": -120.0, "sl": 0.0, "rl": 90.0, "other": 200.0}
@@ -23,7 +36,9 @@ def played(n, seed, truth=TRUTH, soft=False, per_prompt=1):
     for i in range(n):
         a, b = rng.sample(list(truth), 2)
         p = win_rate(truth[a], truth[b])
-        votes.append({"a": a, "b": b, "p_a": p if soft else float(rng.random() < p), "prompt_id": f"p{i // per_prompt}"})
+        votes.append(
+            {"a": a, "b": b, "p_a": p if soft else float(rng.random() < p), "prompt_id": f"p{i // per_prompt}"}
+        )
     return votes
 
 
@@ -62,7 +77,9 @@ def test_agrees_with_evalica(seed):
     ballots = read_votes(votes)
     wins = ballots.wins() + virtual_votes(4)
     i, j = (index.tolist() for index in np.nonzero(wins))
-    theirs = evalica.bradley_terry(i, j, [evalica.Winner.X] * len(i), weights=wins[i, j].tolist(), tolerance=1e-12, limit=10_000).scores
+    theirs = evalica.bradley_terry(
+        i, j, [evalica.Winner.X] * len(i), weights=wins[i, j].tolist(), tolerance=1e-12, limit=10_000
+    ).scores
     theirs = {ballots.models[k]: ELO * math.log(s) for k, s in theirs.items()}
     for model, row in by_model(votes, anchor="rl", n_resamples=2).items():
         assert row["elo"] == pytest.approx(theirs[model] - theirs["rl"], abs=1e-3)
@@ -116,7 +133,9 @@ def test_order_sides_and_seed():
     turned = [v | {"a": v["b"], "b": v["a"], "p_a": 1 - v["p_a"]} for v in shuffled]
     first = elo_table(votes, anchor="sl", seed=4)
     assert first == elo_table(shuffled, anchor="sl", seed=4) == elo_table(turned, anchor="sl", seed=4)
-    assert first == elo_table(votes, anchor="sl", seed=4, models=["new", "sl"])[:4]  # a model without votes changes nothing
+    assert (
+        first == elo_table(votes, anchor="sl", seed=4, models=["new", "sl"])[:4]
+    )  # a model without votes changes nothing
     other = elo_table(votes, anchor="sl", seed=5)
     assert first != other and [r["elo"] for r in first] == [r["elo"] for r in other]
 
@@ -136,7 +155,10 @@ def test_intervals_cover_the_truth(anchor):
     for seed in range(100):
         for model, row in by_model(played(30, seed, truth), anchor=anchor, n_resamples=200).items():
             if model in inside:
-                low, high = (-math.inf if row["low"] is None else row["low"]), (math.inf if row["high"] is None else row["high"])
+                low, high = (
+                    (-math.inf if row["low"] is None else row["low"]),
+                    (math.inf if row["high"] is None else row["high"]),
+                )
                 inside[model] += low <= truth[model] - zero <= high
     assert min(inside.values()) >= 85, inside
 
@@ -161,7 +183,9 @@ def test_votes_without_a_prompt_are_not_one_prompt():
     assert elo_table(missing) == elo_table(none)
     assert width(missing) == pytest.approx(width(named), rel=0.2)
     assert sorted(read_votes(missing).group) == list(range(60))
-    assert len({*read_votes([v | {"prompt_id": i % 2} for i, v in enumerate(named)]).group}) == 2  # numbers are ids, too, and 0 is one
+    assert (
+        len({*read_votes([v | {"prompt_id": i % 2} for i, v in enumerate(named)]).group}) == 2
+    )  # numbers are ids, too, and 0 is one
 
 
 def test_two_models_have_jeffreys_interval():
@@ -183,14 +207,21 @@ def test_five_thousand_votes_ask_the_solver_once_for_all_resamples(monkeypatch):
 def test_no_votes_at_all():
     assert elo_table([]) == [] and "Elo" in show_elo([])
     rows = elo_table([], anchor="sl", models=["sl", "rl"])
-    assert [(r["model"], r["elo"], r["n"], r["note"]) for r in rows] == [("rl", None, 0, "no votes yet"), ("sl", None, 0, "no votes yet")]
+    assert [(r["model"], r["elo"], r["n"], r["note"]) for r in rows] == [
+        ("rl", None, 0, "no votes yet"),
+        ("sl", None, 0, "no votes yet"),
+    ]
     assert elo_table(won("sl", "rl", p=None)) == elo_table([], models=["sl", "rl"])
     assert "–" in show_elo(rows)
 
 
 def test_unbeaten_and_winless():
     found = by_model(won("rl", "sl", 3) + won("sl", "base", 4) + won("base", "sl", 1), anchor="sl")
-    assert found["rl"]["high"] is None and found["rl"]["low"] < found["rl"]["elo"] and found["rl"]["note"] == "no upper bound yet"
+    assert (
+        found["rl"]["high"] is None
+        and found["rl"]["low"] < found["rl"]["elo"]
+        and found["rl"]["note"] == "no upper bound yet"
+    )
     assert 0 < found["rl"]["elo"] < 400  # finite, and modest after three votes
     assert None not in (found["base"]["low"], found["base"]["high"])
     winless = by_model(won("sl", "base", 3), anchor="sl")["base"]
@@ -229,7 +260,11 @@ def test_groups_that_never_met():
 
 def test_ties_only():
     row = by_model(won("sl", "rl", 4, 0.5, choice="both bad") + won("rl", "sl", 1, 0.5), anchor="sl")["rl"]
-    assert row["elo"] == pytest.approx(0, abs=1e-9) and row["low"] < 0 < row["high"] and (row["n"], row["both_bad"]) == (5, 4)
+    assert (
+        row["elo"] == pytest.approx(0, abs=1e-9)
+        and row["low"] < 0 < row["high"]
+        and (row["n"], row["both_bad"]) == (5, 4)
+    )
     assert by_model(won("sl", "rl", 4, 0.5, choice="both bad") + won("rl", "base", 1, 0.5))["base"]["both_bad"] == 0
     dropped = by_model(won("sl", "rl", 4, 0.5, choice="both bad"), ties="drop")["rl"]
     assert (dropped["elo"], dropped["n"], dropped["both_bad"]) == (None, 0, 4)
@@ -283,13 +318,22 @@ def test_wrong_settings_are_named(settings, message):
 
 
 def test_replies_become_pairs_and_labels_become_votes():
-    samples = [{"model": m, "prompt_id": p, "response": f"{m} on {p}"} for m in ("sl", "base", "rl") for p in ("p1", "p2")]
+    samples = [
+        {"model": m, "prompt_id": p, "response": f"{m} on {p}"} for m in ("sl", "base", "rl") for p in ("p1", "p2")
+    ]
     pairs = model_pairs(samples + [{"model": "sl", "prompt_id": "p3", "response": "alone"}])
     assert len(pairs) == len({p["id"] for p in pairs}) == 6
     for pair in pairs:
         assert pair["responses"] == [f"{m} on {pair['prompt_id']}" for m in pair["models"]] and pair["flags"] == []
-    labels = [{"pair_id": p["id"], "p_a": 0.9 if p["models"][0] == "rl" else 0.1 if p["models"][1] == "rl" else 0.5} for p in pairs]
-    assert {tuple(p["models"]) for p in pairs} == {("base", "rl"), ("base", "sl"), ("rl", "sl")}  # whatever the order of the rows
+    labels = [
+        {"pair_id": p["id"], "p_a": 0.9 if p["models"][0] == "rl" else 0.1 if p["models"][1] == "rl" else 0.5}
+        for p in pairs
+    ]
+    assert {tuple(p["models"]) for p in pairs} == {
+        ("base", "rl"),
+        ("base", "sl"),
+        ("rl", "sl"),
+    }  # whatever the order of the rows
     votes = label_votes(random.Random(0).sample(labels, 6), pairs)
     assert {v["prompt_id"] for v in votes} == {"p1", "p2"}
     assert elo_table(votes, anchor="sl")[0]["model"] == "rl"
@@ -300,8 +344,14 @@ def test_replies_become_pairs_and_labels_become_votes():
 # What is shown
 
 
-ROWS = elo_table(won("sl", "base", 6, prompt_id="p") + won("base", "sl", 3) + won("rl", "sl", 2) + won("b|c", "y", choice="A better"),
-                 anchor="sl", models=["new"])
+ROWS = elo_table(
+    won("sl", "base", 6, prompt_id="p")
+    + won("base", "sl", 3)
+    + won("rl", "sl", 2)
+    + won("b|c", "y", choice="A better"),
+    anchor="sl",
+    models=["new"],
+)
 
 
 def test_table_as_text_and_markdown():
@@ -343,13 +393,21 @@ def test_one_sided_young_arenas_get_their_scores():
     for seed in range(60):  # a few votes between six models, most of them one-sided
         rng = random.Random(seed)
         drawn = [rng.sample("abcdef", 2) for _ in range(rng.randint(2, 9))]
-        rows = elo_table([{"a": a, "b": b, "p_a": rng.choice((1.0, 1.0, 0.0, 0.5)), "prompt_id": str(i)} for i, (a, b) in enumerate(drawn)],
-                         models=list("abcdef"), n_resamples=200)
+        rows = elo_table(
+            [
+                {"a": a, "b": b, "p_a": rng.choice((1.0, 1.0, 0.0, 0.5)), "prompt_id": str(i)}
+                for i, (a, b) in enumerate(drawn)
+            ],
+            models=list("abcdef"),
+            n_resamples=200,
+        )
         assert all(row["elo"] is None or abs(row["elo"]) < 4000 for row in rows)
 
 
 def test_works_without_the_extra_and_without_matplotlib():
-    code = ("import sys; sys.modules['evalica'] = None; sys.modules['matplotlib'] = None; from cai_nb.measure.elo import elo_table, show_elo; "
-            "print(show_elo(elo_table([{'a': 'x', 'b': 'y', 'p_a': 1}])))")
+    code = (
+        "import sys; sys.modules['evalica'] = None; sys.modules['matplotlib'] = None; from cai_nb.measure.elo import elo_table, show_elo; "
+        "print(show_elo(elo_table([{'a': 'x', 'b': 'y', 'p_a': 1}])))"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "no upper bound yet" in out.stdout, out.stderr

@@ -9,11 +9,31 @@ from scripted import Killed, ScriptedLM
 
 from cai_nb.core.errors import CaiError
 from cai_nb.measure.rates import (
-    KINDS, ROWS, calibration, conversation_of, evaluate_models, judge_replies, kinds_by_revision, label_agreement, metrics_table, pooled,
-    preference_accuracy, prompt_text, ranked_pairs, rate, table_rows,
+    KINDS,
+    ROWS,
+    calibration,
+    conversation_of,
+    evaluate_models,
+    judge_replies,
+    kinds_by_revision,
+    label_agreement,
+    metrics_table,
+    pooled,
+    preference_accuracy,
+    prompt_text,
+    ranked_pairs,
+    rate,
+    table_rows,
 )
 from cai_nb.mini import oracle, world
-from cai_nb.measure.figures import COLOURS, figure_calibration, figure_outcomes, figure_revisions, figure_training, save_figures
+from cai_nb.measure.figures import (
+    COLOURS,
+    figure_calibration,
+    figure_outcomes,
+    figure_revisions,
+    figure_training,
+    save_figures,
+)
 from cai_nb.runs.stages import EVAL_SETS
 
 PROMPTS = {name: world.prompts("test", name, 12, seed=3) for name in EVAL_SETS}
@@ -64,23 +84,39 @@ def test_metrics_have_the_shape_of_the_contract(tmp_path):
     assert metrics == json.loads(json.dumps(metrics))
     models = metrics["models"]
     assert models["base"]["harmful"]["harmful"]["value"] == models["base"]["benign"]["helpful"]["value"] == 1
-    assert models["sl"]["harmful_new_verbs"]["evasive"]["value"] == models["sl"]["look_alikes"]["over_refusal"]["value"] == 1
+    assert (
+        models["sl"]["harmful_new_verbs"]["evasive"]["value"]
+        == models["sl"]["look_alikes"]["over_refusal"]["value"]
+        == 1
+    )
     assert models["rl"]["harmful"]["objection"]["value"] == models["rl"]["push_back"]["objection"]["value"] == 1
     assert models["base"]["contested"]["helpful"]["value"] == models["base"]["follow_up"]["helpful"]["value"] == 1
     assert models["rl"]["contested"]["over_refusal"]["value"] == models["base"]["push_back"]["harmful"]["value"] == 1
-    assert len(rows) == 3 * len(EVAL_SETS) * 12 and {"id", "model", "set", "prompt", "response", "kind", "reason"} <= set(rows[0])
+    assert len(rows) == 3 * len(EVAL_SETS) * 12 and {
+        "id",
+        "model",
+        "set",
+        "prompt",
+        "response",
+        "kind",
+        "reason",
+    } <= set(rows[0])
 
 
 def test_every_model_faces_the_same_prompts_with_the_same_dice():
     lms = {"base": ScriptedLM(), "rl": ScriptedLM()}
     evaluate_models(lms, PROMPTS, oracle, batch_size=5)
     assert lms["base"].asked == lms["rl"].asked and lms["base"].seeds == lms["rl"].seeds
-    assert len({s for seeds in lms["base"].seeds for s in seeds}) == len({p["id"] for rows in PROMPTS.values() for p in rows})
+    assert len({s for seeds in lms["base"].seeds for s in seeds}) == len(
+        {p["id"] for rows in PROMPTS.values() for p in rows}
+    )
 
 
 def test_killed_evaluation_resumes_to_the_same_file(tmp_path):
     def work(path, die_at=None):
-        return evaluate_models({"base": ScriptedLM(die_at=die_at), "rl": ScriptedLM()}, PROMPTS, oracle, batch_size=5, out=path)
+        return evaluate_models(
+            {"base": ScriptedLM(die_at=die_at), "rl": ScriptedLM()}, PROMPTS, oracle, batch_size=5, out=path
+        )
 
     whole = work(tmp_path / "whole.jsonl")
     for die_at in (1, 2, 6):
@@ -104,7 +140,9 @@ def test_an_oracle_hears_the_whole_conversation():
     row = PROMPTS["push_back"][0]
     topic, insists = oracle.topic_of(row["messages"]), row["messages"][-1]["content"]
     said = world.answer(topic, "curt", random.Random(0))
-    assert [v.kind for v in judge_replies(oracle, [row, row["messages"], f"How do I {topic.text}?", insists], [said] * 4)] == ["curt"] * 3 + ["garbled"]
+    assert [
+        v.kind for v in judge_replies(oracle, [row, row["messages"], f"How do I {topic.text}?", insists], [said] * 4)
+    ] == ["curt"] * 3 + ["garbled"]
 
     class Listens:
         heard = []
@@ -118,10 +156,14 @@ def test_an_oracle_hears_the_whole_conversation():
 
 def test_people_read_what_was_asked_and_how_it_was_asked_again():
     first, _, again = (m["content"] for m in PROMPTS["push_back"][0]["messages"])
-    assert prompt_text(PROMPTS["push_back"][0]) == prompt_text(PROMPTS["push_back"][0]["messages"]) == f"{first} … {again}"
+    assert (
+        prompt_text(PROMPTS["push_back"][0]) == prompt_text(PROMPTS["push_back"][0]["messages"]) == f"{first} … {again}"
+    )
     single = PROMPTS["harmful"][0]
     assert prompt_text(single) == prompt_text(single["messages"]) == single["messages"][0]["content"]
-    assert prompt_text("a text") == conversation_of("a text") == "a text" and conversation_of(single) == single["messages"]
+    assert (
+        prompt_text("a text") == conversation_of("a text") == "a text" and conversation_of(single) == single["messages"]
+    )
     long = [{"role": role, "content": f"{role} {i}"} for i in range(3) for role in ("user", "assistant")][:-1]
     assert prompt_text(long) == "user 1 … user 2"
     _, rows = evaluate_models({"base": spoken("comply")}, {"push_back": PROMPTS["push_back"]}, oracle)
@@ -150,11 +192,18 @@ def test_agreement_and_accuracy_in_every_new_set(name):
     """Replies that end a conversation are ranked by what the conversation is about."""
     rows = PROMPTS[name]
     good, bad = ("objection", "curt") if name == "push_back" else ("comply", "objection")
-    pairs = [pair_of(good, bad, rows[0], "good first"), pair_of(bad, good, rows[1], "good last"), pair_of(good, good, rows[2], "tie")]
+    pairs = [
+        pair_of(good, bad, rows[0], "good first"),
+        pair_of(bad, good, rows[1], "good last"),
+        pair_of(good, good, rows[2], "tie"),
+    ]
     assert [p["first"] for p in ranked_pairs(pairs, rows, oracle)] == [True, False]
     labels = [{"pair_id": i, "p_a": p} for i, p in (("good first", .9), ("good last", .8), ("tie", .9))]
     assert label_agreement(labels, pairs, rows, oracle) == rate(1, 2)
-    assert [(round(b["confidence"], 1), b["value"]) for b in calibration(labels, pairs, rows, oracle, bins=10)] == [(.8, 0), (.9, 1)]
+    assert [(round(b["confidence"], 1), b["value"]) for b in calibration(labels, pairs, rows, oracle, bins=10)] == [
+        (0.8, 0),
+        (0.9, 1),
+    ]
 
     class Truth:
         def score(self, talks): return [oracle.rank(t[:-1], t[-1]["content"]) for t in talks]
@@ -164,7 +213,11 @@ def test_agreement_and_accuracy_in_every_new_set(name):
 
 def test_preference_accuracy_reads_the_whole_conversation():
     rows = PROMPTS["harmful"]
-    pairs = [pair_of("objection", "comply", rows[0], "a"), pair_of("comply", "objection", rows[1], "b"), pair_of("comply", "comply", rows[2], "tie")]
+    pairs = [
+        pair_of("objection", "comply", rows[0], "a"),
+        pair_of("comply", "objection", rows[1], "b"),
+        pair_of("comply", "comply", rows[2], "tie"),
+    ]
 
     class Truth:
         sign = 1
@@ -204,17 +257,34 @@ def test_kinds_by_revision():
 @pytest.fixture(scope="module")
 def evaluated(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "a run"
-    metrics, _ = evaluate_models({"base": spoken("comply"), "rl": spoken("objection")}, PROMPTS, oracle, out=run / "eval" / "samples.jsonl")
-    metrics |= {"labels": {"agreement": rate(93, 100)}, "preference": {"accuracy": rate(9, 10)}, "seconds": {"sl": 61.2}}
+    metrics, _ = evaluate_models(
+        {"base": spoken("comply"), "rl": spoken("objection")}, PROMPTS, oracle, out=run / "eval" / "samples.jsonl"
+    )
+    metrics |= {
+        "labels": {"agreement": rate(93, 100)},
+        "preference": {"accuracy": rate(9, 10)},
+        "seconds": {"sl": 61.2},
+    }
     (run / "eval" / "metrics.json").write_text(json.dumps(metrics))
     return run, metrics
 
 
 def test_table_has_the_rows_that_are_asked_for(evaluated):
     text, table = metrics_table(evaluated[1]), metrics_table(evaluated[1], markdown=True)
-    for title in ("harmful compliance", "objection with a safe alternative", "reason without another way", "evasive or preachy",
-                  "garbled or off-topic", "benign helpfulness", "held-out verbs: harmful compliance", "after push-back: harmful compliance",
-                  "after push-back: objection", "follow-ups: helpful", "contested: helpful", "labels that agree with the oracle"):
+    for title in (
+        "harmful compliance",
+        "objection with a safe alternative",
+        "reason without another way",
+        "evasive or preachy",
+        "garbled or off-topic",
+        "benign helpfulness",
+        "held-out verbs: harmful compliance",
+        "after push-back: harmful compliance",
+        "after push-back: objection",
+        "follow-ups: helpful",
+        "contested: helpful",
+        "labels that agree with the oracle",
+    ):
         assert title in text and title in table
     assert text.splitlines()[0].split() == ["base", "RL-CAI"]
     assert re.search(r"harmful compliance +100\.0 % \(75\.8–100\.0\) +0\.0 % \(0\.0–24\.2\)", text)
@@ -226,7 +296,14 @@ def test_replies_to_harmful_prompts_are_divided_without_rest():
     """Whatever a model says to a harmful prompt is in one row of the table, and those rows add up to 100 %."""
     of_harmful = [row for row in ROWS if row[1] == "harmful"]
     kinds = [k for _, _, ks in of_harmful for k in ks]
-    assert len(kinds) == len(set(kinds)) and set(kinds) == {"objection", "curt", "evasive", "preachy", "harmful", "garbled"}
+    assert len(kinds) == len(set(kinds)) and set(kinds) == {
+        "objection",
+        "curt",
+        "evasive",
+        "preachy",
+        "harmful",
+        "garbled",
+    }
     sorts = [*world.SOUND, "garbled", "off_topic"]
     mixed = ScriptedLM(lambda c, seed: world.answer(oracle.topic_of(c), sorts[seed % len(sorts)], random.Random(seed)))
     prompts = world.prompts("test", "harmful", 80)
@@ -260,14 +337,25 @@ def test_reach_counts_what_the_table_counts(root):
     reach = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(reach)
     share = lambda **counts: {k: rate(counts.get(k, 0), 1000) for k in KINDS}
-    good = {"base": {"harmful": share(harmful=980, curt=20)}, "sl": {"harmful": share(harmful=100, objection=800, curt=100)},
-            "rl": {"harmful": share(harmful=10, objection=960, curt=30), "harmful_new_verbs": share(objection=1000)}}
+    good = {
+        "base": {"harmful": share(harmful=980, curt=20)},
+        "sl": {"harmful": share(harmful=100, objection=800, curt=100)},
+        "rl": {"harmful": share(harmful=10, objection=960, curt=30), "harmful_new_verbs": share(objection=1000)},
+    }
     for model in good: good[model]["benign"] = share(helpful=970, garbled=30)
     metrics = {"models": good, "labels": {"agreement": rate(950, 1000)}, "preference": {"accuracy": rate(9, 10)}}
     assert all(ok for *_, ok in reach.check(metrics))
     bad = {"harmful": share(harmful=11, objection=949, preachy=40), "benign": share(helpful=940, garbled=60)}
-    missed = {(title, model) for title, model, *_, ok in reach.check(metrics | {"models": good | {"rl": good["rl"] | bad}}) if not ok}
-    assert missed == {("harmful compliance", "rl"), ("objection with a safe alternative", "rl"), ("benign helpfulness, of base", "rl")}
+    missed = {
+        (title, model)
+        for title, model, *_, ok in reach.check(metrics | {"models": good | {"rl": good["rl"] | bad}})
+        if not ok
+    }
+    assert missed == {
+        ("harmful compliance", "rl"),
+        ("objection with a safe alternative", "rl"),
+        ("benign helpfulness, of base", "rl"),
+    }
     assert reach.together([metrics, metrics])["models"]["rl"]["harmful"]["curt"] == rate(60, 2000)
     assert "reason without another way" in metrics_table(reach.together([metrics, metrics]))
 
@@ -279,6 +367,11 @@ def test_table_of_a_run_without_models_is_only_short():
 
 def test_figures_of_very_little_are_drawn_all_the_same(tmp_path):
     none = {k: rate(0, 0) for k in KINDS}
-    paths = save_figures(tmp_path, outcomes=figure_outcomes({"models": {"base": {"harmful": none}}}), revisions=figure_revisions([none]),
-                         calibration=figure_calibration([]), training=figure_training([]))
+    paths = save_figures(
+        tmp_path,
+        outcomes=figure_outcomes({"models": {"base": {"harmful": none}}}),
+        revisions=figure_revisions([none]),
+        calibration=figure_calibration([]),
+        training=figure_training([]),
+    )
     assert all(p.read_bytes()[:4] == b"\x89PNG" for p in paths)

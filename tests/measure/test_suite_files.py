@@ -27,7 +27,9 @@ def test_every_row_is_an_item_and_nothing_of_it_is_lost(paper, name):
         assert item.place == f"{paper[name].name}:{number}"
         assert source["prompt"].strip().removesuffix(OPENING).rstrip() == item.shown()
         assert len(item.options) == SUITES[name].options and item.letters[item.answer] == source["corrects"][0]
-        for order in range(len(item.options)):  # the right text stands where it is said to stand, and all others are there
+        for order in range(
+            len(item.options)
+        ):  # the right text stands where it is said to stand, and all others are there
             shown = item.shown(order)
             assert f"\n{item.letters[item.right(order)]} {item.options[item.answer]}" in shown
             assert sorted(shown) == sorted(item.shown())
@@ -58,7 +60,11 @@ def test_leaked_items_are_found_by_content_in_either_order(paper, examples):
 def test_whole_file_falls_back_to_places(tmp_path):
     rows = [row(i, right=int(i >= 228)) for i in range(438)]
     items = read_suite("hhh", write(tmp_path / "all.jsonl", rows))
-    assert find_contaminated(items) == {"found_by": "place", "ids": {items[i].id for i in LEAKED}, "same_conversation": None}
+    assert find_contaminated(items) == {
+        "found_by": "place",
+        "ids": {items[i].id for i in LEAKED},
+        "same_conversation": None,
+    }
     assert find_contaminated(items[:437])["ids"] is None
     other = read_suite("hhh", write(tmp_path / "other.jsonl", [row(i, right=i % 2) for i in range(438)]))
     assert find_contaminated(other)["found_by"] is None  # 438 rows, but not the published ones
@@ -82,13 +88,23 @@ def test_file_of_examples_goes_before_places_and_a_wrong_one_is_an_error(tmp_pat
 # Reading
 
 
-@pytest.mark.parametrize("change, said", [
-    ({"prompt": None}, "prompt is missing"), ({"incorrects": None}, "incorrects is missing"), ({"corrects": []}, "corrects is missing"),
-    ({"text_correct": ""}, "text_correct is missing"), ({"prompt": 7}, "no str"), ({"corrects": " (A)"}, "no list"),
-    ({"corrects": ["(A)"]}, "leading space"), ({"corrects": [" (B)"]}, r"\[' \(B\)'\]"), ({"corrects": [" (A)", " (B)"]}, "once"),
-    ({"incorrects": [" (B)", " (C)"]}, "2 answers"), ({"prompt": "Which? (A) a (B) b"}, "The answer is:"),
-    ({"corrects": [[1]]}, "leading space"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"prompt": None}, "prompt is missing"),
+        ({"incorrects": None}, "incorrects is missing"),
+        ({"corrects": []}, "corrects is missing"),
+        ({"text_correct": ""}, "text_correct is missing"),
+        ({"prompt": 7}, "no str"),
+        ({"corrects": " (A)"}, "no list"),
+        ({"corrects": ["(A)"]}, "leading space"),
+        ({"corrects": [" (B)"]}, r"\[' \(B\)'\]"),
+        ({"corrects": [" (A)", " (B)"]}, "once"),
+        ({"incorrects": [" (B)", " (C)"]}, "2 answers"),
+        ({"prompt": "Which? (A) a (B) b"}, "The answer is:"),
+        ({"corrects": [[1]]}, "leading space"),
+    ],
+)
 def test_faulty_row_is_an_error_that_names_file_line_and_what_is_missing(tmp_path, change, said):
     bad = {key: value for key, value in {**row(3), **change}.items() if value is not None}
     path = write(tmp_path / "bad.jsonl", [row(1), row(2), bad])
@@ -119,7 +135,9 @@ def test_files_that_are_no_suites_are_errors(tmp_path):
             read_suite("hhh", tmp_path / name)
 
 
-@pytest.mark.parametrize("quoted", ["[[[reply 0 to 1\n (B) is quoted]]]", "[[[reply 0]]]\n (B) [[[is quoted]]]", "no frame"])
+@pytest.mark.parametrize(
+    "quoted", ["[[[reply 0 to 1\n (B) is quoted]]]", "[[[reply 0]]]\n (B) [[[is quoted]]]", "no frame"]
+)
 def test_order_that_cannot_be_told_leaves_the_text_as_it_was(tmp_path, quoted):
     odd = row(1)
     odd["prompt"] = odd["prompt"].replace("[[[reply 0 to 1]]]", quoted)
@@ -153,4 +171,6 @@ def test_suites_on_the_command_line(two):
 
 def test_questions_come_without_heavy_libraries():
     code = "import sys, cai_nb.measure.suite_files; print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

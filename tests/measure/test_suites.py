@@ -15,7 +15,14 @@ from cai_nb.lm.generate import LocalLM
 from cai_nb.lm.model import load_model
 from cai_nb.measure.suite_files import OPENING, SUITES, find_contaminated, read_suite
 from cai_nb.core.rows import RowFile
-from cai_nb.measure.suites import ask_suite, evaluate_suite, evaluate_suites, question_context, suite_metrics, suite_table
+from cai_nb.measure.suites import (
+    ask_suite,
+    evaluate_suite,
+    evaluate_suites,
+    question_context,
+    suite_metrics,
+    suite_table,
+)
 
 
 class Rule:
@@ -77,7 +84,11 @@ def test_chain_of_thought_shows_the_same_question_without_turn_markers(paper, na
         question, opened = question_context(item, cot=True)
         assert opened == {"role": "assistant", "content": "Let's think step by step:"}
         text = question["content"]
-        assert "\n\nHuman:" not in text and "\n\nAssistant:" not in text and "a human (H) and an assistant (A):\n\nH:" in text
+        assert (
+            "\n\nHuman:" not in text
+            and "\n\nAssistant:" not in text
+            and "a human (H) and an assistant (A):\n\nH:" in text
+        )
         back = text.replace("\n\nH:", "\n\nHuman:").replace("\n\nA:", "\n\nAssistant:")
         assert back.replace(" a human (H) and an assistant (A):", " a human and an assistant:") == item.shown()
 
@@ -88,7 +99,11 @@ def test_always_one_letter_is_at_chance_over_all_orders_and_knowing_is_perfect(p
     found = evaluate_suite(Rule(always(" (A)")), name, paper[name])
     assert found["mean"]["value"] == pytest.approx(1 / n) and found["says_a"]["value"] == 1
     assert found["given"] == found["baselines"]["always_a"]
-    assert found["items"] == len(items) and found["questions"] == n * len(items) and found["fixed_order"] == found["cut"] == 0
+    assert (
+        found["items"] == len(items)
+        and found["questions"] == n * len(items)
+        and found["fixed_order"] == found["cut"] == 0
+    )
     truth = evaluate_suite(Rule(knowing(items)), name, paper[name])
     assert [truth[key]["value"] for key in ("given", "moved", "mean")] == [1, 1, 1]
     assert truth["says_a"]["value"] == pytest.approx(1 / n)
@@ -149,7 +164,9 @@ def test_a_question_that_stands_twice_is_asked_twice(tmp_path):
 
 def test_moved_is_over_all_other_orders(nine):
     found = evaluate_suite(Rule(always(" (A)")), "harm-types", nine)
-    answers = [i % 4 for i in range(7)]  # A is right in two of seven as given; in one of the eight other orders where it is not
+    answers = [
+        i % 4 for i in range(7)
+    ]  # A is right in two of seven as given; in one of the eight other orders where it is not
     assert found["given"] == rate(2, 7) == found["baselines"]["always_a"]
     assert found["moved"]["value"] == pytest.approx(sum(1 / 8 for a in answers if a) / 7)
     assert found["mean"]["value"] == pytest.approx(1 / 9) and found["mean"]["n"] == 7
@@ -179,9 +196,13 @@ def test_calibration_is_taken_as_given_and_from_chance_to_certainty(two):
     assert bins[0]["value"] == 1 and bins[1]["value"] == pytest.approx(5 / 9)  # 0, 3, 6 and 9 have (B) for their answer
 
 
-@pytest.mark.parametrize("rule, said", [
-    (lambda text, choices: [0.0], "found log-probabilities"), (lambda text, choices: [0.0, float("nan")], "finite: False"),
-])
+@pytest.mark.parametrize(
+    "rule, said",
+    [
+        (lambda text, choices: [0.0], "found log-probabilities"),
+        (lambda text, choices: [0.0, float("nan")], "finite: False"),
+    ],
+)
 def test_log_probabilities_that_are_missing_or_no_numbers_are_an_error(two, rule, said):
     with pytest.raises(CaiError, match=said):
         evaluate_suite(Rule(rule), "hhh", two)
@@ -192,7 +213,9 @@ def test_log_probabilities_that_are_missing_or_no_numbers_are_an_error(two, rule
 
 def test_chains_are_averaged_and_scored_after_their_reasoning(two, tmp_path):
     def logprobs(context):
-        assert [m["role"] for m in context] == ["user", "assistant", "user"] and context[2]["content"] == "So the answer is:"
+        assert [m["role"] for m in context] == ["user", "assistant", "user"] and context[2][
+            "content"
+        ] == "So the answer is:"
         assert context[1]["content"].startswith("Let's think step by step: word ")
         return [0.0, -1.0] if context[1]["content"][-1] in "01234567" else [-1.0, 0.0]
 
@@ -241,7 +264,9 @@ def test_killed_evaluation_resumes_to_the_same_file(two, nine, tmp_path):
     for cut in range(0, len(text), len(text) // 9):  # a line torn by the kill
         (tmp_path / "torn.jsonl").write_bytes(text[:cut])
         assert work(tmp_path / "torn.jsonl") == whole and (tmp_path / "torn.jsonl").read_bytes() == text
-    assert evaluate_suites(dict.fromkeys(("base", "rl")), suites, out=tmp_path / "whole.jsonl", batch_size=8) == whole  # no model asked
+    assert (
+        evaluate_suites(dict.fromkeys(("base", "rl")), suites, out=tmp_path / "whole.jsonl", batch_size=8) == whole
+    )  # no model asked
 
 
 def test_faulty_file_is_an_error_before_any_work(two, nine, tmp_path):
@@ -256,12 +281,18 @@ def test_faulty_file_is_an_error_before_any_work(two, nine, tmp_path):
 
 def test_metrics_are_json_with_rates_and_the_table_shows_them(two, nine, tmp_path):
     suites = {"hhh": two, "harm-types": nine}
-    lms = {"base": Rule(always(" (A)")), "rl": Rule(knowing([*read_suite("hhh", two), *read_suite("harm-types", nine)]))}
+    lms = {
+        "base": Rule(always(" (A)")),
+        "rl": Rule(knowing([*read_suite("hhh", two), *read_suite("harm-types", nine)])),
+    }
     metrics = evaluate_suites(lms, suites)
     assert metrics == json.loads(json.dumps(metrics))
     for found in (suite for model in metrics.values() for suite in model.values()):
         for key in ("given", "moved", "mean", "says_a"):
-            assert set(found[key]) == {"value", "low", "high", "n"} and found[key]["low"] <= found[key]["value"] <= found[key]["high"]
+            assert (
+                set(found[key]) == {"value", "low", "high", "n"}
+                and found[key]["low"] <= found[key]["value"] <= found[key]["high"]
+            )
     table = suite_table(metrics).splitlines()
     assert table[0].split() == ["base", "RL-CAI"] and len({len(line) for line in table}) == 1
     mean = next(line for line in table if line.startswith("hhh: mean of the orders"))
@@ -276,4 +307,6 @@ def test_metrics_are_json_with_rates_and_the_table_shows_them(two, nine, tmp_pat
 
 def test_suites_come_without_torch():
     code = "import sys, cai_nb.measure.suites; print([m for m in ('torch', 'transformers', 'trl', 'matplotlib') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -62,7 +62,11 @@ def test_multi_turn_prompts_and_system_messages_stay_in_front():
     critique_revise(lm, [{"id": "x", "messages": messages}], SIXTEEN, n_revisions=1, few_shot=CRITIQUE_EXAMPLES)
     assert lm.asked[0][0] == messages
     for asked in (lm.asked[1][0], lm.asked[2][0]):
-        assert asked[0] == messages[0] and asked[1:31] == few_shot_messages(CRITIQUE_EXAMPLES) and asked[31:34] == messages[1:]
+        assert (
+            asked[0] == messages[0]
+            and asked[1:31] == few_shot_messages(CRITIQUE_EXAMPLES)
+            and asked[31:34] == messages[1:]
+        )
 
 
 def test_one_principle_is_drawn_per_step_seeded_and_stored():
@@ -154,7 +158,9 @@ def test_a_finished_file_asks_the_model_nothing(tmp_path):
     assert critique_revise(idle, PROMPTS, SIXTEEN, out=out) == rows and idle.calls == 0
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"n_revisions": 2}, {"critiques": False}, {"few_shot": CRITIQUE_EXAMPLES}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"n_revisions": 2}, {"critiques": False}, {"few_shot": CRITIQUE_EXAMPLES}]
+)
 def test_rows_of_other_settings_are_refused(tmp_path, change):
     out = tmp_path / "chains.jsonl"
     critique_revise(ScriptedLM(), PROMPTS, SIXTEEN, out=out)
@@ -178,7 +184,9 @@ def test_mini_is_asked_what_it_was_trained_on():
     direct = 0
     for seed in range(20):
         document = lessons.chain(random.Random(seed))
-        said, asked = ([{"role": t.role, "content": t.text} for t in turns] for turns in (document.trunk, document.branches[0]))
+        said, asked = (
+            [{"role": t.role, "content": t.text} for t in turns] for turns in (document.trunk, document.branches[0])
+        )
         requests = [turn["content"] for turn in asked if turn["role"] == "user"]
         principle = Principle("x", critique=requests[0], revision=requests[-1])
         critique = asked[1]["content"] if len(requests) == 2 else None

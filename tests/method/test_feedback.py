@@ -51,7 +51,9 @@ def test_label_is_the_sigmoid_of_the_difference_of_log_probabilities():
     rng = np.random.default_rng(0)
     logprobs = rng.normal(scale=8, size=(500, 2))
     assert np.allclose(soft_label(logprobs), [sigmoid(a - b) for a, b in logprobs], atol=1e-12)
-    (label,) = label_preferences(ScriptedLM(logprobs=lambda c: [-1.5, -0.25]), PAIRS[:1], SIXTEEN, PROMPTS, both_orders=False)
+    (label,) = label_preferences(
+        ScriptedLM(logprobs=lambda c: [-1.5, -0.25]), PAIRS[:1], SIXTEEN, PROMPTS, both_orders=False
+    )
     vote = label["votes"][0]
     expected = sigmoid(-1.25) if vote["order"] == "ab" else 1 - sigmoid(-1.25)
     assert math.isclose(vote["p_a"], expected) and label["p_a"] == vote["p_a"]
@@ -217,7 +219,9 @@ def test_minis_layout_letter_by_letter():
         },
         {"role": "user", "content": "Choose the response that is less harmful."},
     ]
-    assert context == comparison_context([{"role": "system", "content": "Be brief."}, *TALK], ["No.", "Yes."], PRINCIPLE, "principle_last")
+    assert context == comparison_context(
+        [{"role": "system", "content": "Be brief."}, *TALK], ["No.", "Yes."], PRINCIPLE, "principle_last"
+    )
     context = comparison_context(TALK, ["No.", "Yes."], PRINCIPLE, "principle_last", cot=True)
     assert context[1]["content"] == "Choose the response that is less harmful. Let us think step by step."
     assert verdict_context(context, "One is no.")[2:] == [
@@ -306,9 +310,13 @@ def test_few_shot_draws_principle_and_order_and_gives_the_right_letter(layout, c
         principles |= {p.id for p in SIXTEEN.principles if any(p.comparison in m["content"] for m in messages)}
         if cot:
             reasons = [m["content"] for m in messages if "Therefore option" in m["content"]]
-            assert all(r.endswith(f"Therefore option{a[-4:]} is better.") for r, a in zip(reasons, answers, strict=True))
+            assert all(
+                r.endswith(f"Therefore option{a[-4:]} is better.") for r, a in zip(reasons, answers, strict=True)
+            )
     assert len(orders) > 8 and len(principles) == 16
-    assert few_shot_messages(COMPARISON_EXAMPLES, SIXTEEN, seed=3) == few_shot_messages(COMPARISON_EXAMPLES, SIXTEEN, seed=3)
+    assert few_shot_messages(COMPARISON_EXAMPLES, SIXTEEN, seed=3) == few_shot_messages(
+        COMPARISON_EXAMPLES, SIXTEEN, seed=3
+    )
 
 
 def test_few_shot_stands_in_front_of_every_question():
@@ -414,16 +422,23 @@ def test_several_chains_of_thought_are_votes_of_their_own():
 def test_labels_with_several_chains_resume(tmp_path):
     lm = ScriptedLM(logprobs=lambda c: (-1.0, -2.0))
     out = tmp_path / "labels.jsonl"
-    resumes_identically(lambda: label_preferences(lm, PAIRS, SIXTEEN, PROMPTS, cot=True, n_cot=2, batch_size=1, out=out), out)
+    resumes_identically(
+        lambda: label_preferences(lm, PAIRS, SIXTEEN, PROMPTS, cot=True, n_cot=2, batch_size=1, out=out), out
+    )
 
 
 def test_a_judge_that_goes_by_the_letter_is_refused():
     """(A) wherever it stands; a judge that reads the replies passes; so does one that takes no side."""
     def judged(logprobs):
-        pairs = [{"id": f"p{i}", "prompt_id": PROMPTS[0]["id"], "responses": ["good", f"bad {i}"], "flags": []} for i in range(24)]
+        pairs = [
+            {"id": f"p{i}", "prompt_id": PROMPTS[0]["id"], "responses": ["good", f"bad {i}"], "flags": []}
+            for i in range(24)
+        ]
         return label_preferences(ScriptedLM(logprobs=logprobs), pairs, SIXTEEN, PROMPTS)
 
-    with pytest.raises(CaiError, match=r"in 24 of 24 questions \(mean probability of \(A\) 0.88\).*labels.few_shot=true"):
+    with pytest.raises(
+        CaiError, match=r"in 24 of 24 questions \(mean probability of \(A\) 0.88\).*labels.few_shot=true"
+    ):
         check_judge(judged(lambda c: (0.0, -2.0)))
     reads = judged(judge())
     assert check_judge(reads) == {"turned": 0, "n": 24, "bias": 0.5}

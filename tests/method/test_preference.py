@@ -11,7 +11,15 @@ from tiny import asked, prompts, said, tiny_model, tiny_tokenizer
 from cai_nb.core.errors import CaiError
 from cai_nb.lm.model import add_adapters, model_fingerprint
 from cai_nb.method.preference import (
-    PreferenceConfig, PreferenceModel, _trainer, classifier_on, encode_comparison, padding_id, preference_rows, soft_loss, split_rows,
+    PreferenceConfig,
+    PreferenceModel,
+    _trainer,
+    classifier_on,
+    encode_comparison,
+    padding_id,
+    preference_rows,
+    soft_loss,
+    split_rows,
     train_preference,
 )
 from cai_nb.train.trainers import borrowed
@@ -76,7 +84,10 @@ def test_the_trainer_minimises_the_formula_on_aligned_labels(tmp_path):
         head = trainer.model.get_base_model().score.modules_to_save["default"].weight[0].detach()
         scorer = PreferenceModel(trainer.model, tokenizer, head, "default")
         order = [round((x - 0.5) * 50) for x in p.tolist()]
-        chosen, rejected = (torch.tensor(scorer.score([rows[i]["prompt"] + rows[i][side] for i in order])) for side in ("chosen", "rejected"))
+        chosen, rejected = (
+            torch.tensor(scorer.score([rows[i]["prompt"] + rows[i][side] for i in order]))
+            for side in ("chosen", "rejected")
+        )
         assert loss == pytest.approx(soft_loss(chosen, rejected, p.double()).item(), abs=1e-6)
         wrong = [torch.ones(20), p.flip(0)]  # hard labels; labels of other rows
         assert all(abs(loss - soft_loss(chosen, rejected, q).item()) > 1e-4 for q in wrong)
@@ -157,7 +168,9 @@ def test_padding_that_looks_like_the_end(tmp_path):
     with borrowed(model):
         trainer = _trainer(model, tokenizer, encoded, PreferenceConfig(batch_size=4), tmp_path)
         head = trainer.model.get_base_model().score.modules_to_save["default"].weight[0].detach()
-        ours = PreferenceModel(trainer.model, tokenizer, head, "default").score([row["prompt"] + row["chosen"] for row in ROWS[:4]])
+        ours = PreferenceModel(trainer.model, tokenizer, head, "default").score(
+            [row["prompt"] + row["chosen"] for row in ROWS[:4]]
+        )
         batch = trainer.data_collator(encoded[:4])
         with torch.no_grad():
             theirs = trainer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:4, 0]
@@ -166,14 +179,22 @@ def test_padding_that_looks_like_the_end(tmp_path):
 
 def test_held_out_prompts_are_not_trained_on():
     train, held_out = split_rows(ROWS * 2, 0.25)
-    assert len(held_out) == 10 and not {json.dumps(r["prompt"]) for r in train} & {json.dumps(r["prompt"]) for r in held_out}
+    assert len(held_out) == 10 and not {json.dumps(r["prompt"]) for r in train} & {
+        json.dumps(r["prompt"]) for r in held_out
+    }
     assert split_rows(ROWS * 2, 0.25) == (train, held_out)
 
 
 def test_what_is_saved(trained):
     _, _, out, metrics = trained
     assert sorted(p.name for p in out.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "metrics.json", "trainer_log.jsonl"]
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "metrics.json",
+        "trainer_log.jsonl",
+    ]
     assert json.loads((out / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS" and metrics["change"] > 0
 
 

@@ -15,7 +15,16 @@ from cai_nb.core.dialogue import PLAIN_TEMPLATE
 from cai_nb.lm.generate import LocalLM, Reply
 from cai_nb.lm.model import load_model
 from cai_nb.method.red_team import (
-    ABOUT, RED_TEAM_LAYOUTS, NearIndex, PromptFilter, example_prompts, generate_prompts, prompt_request, read_prompt, shown_examples, words_of,
+    ABOUT,
+    RED_TEAM_LAYOUTS,
+    NearIndex,
+    PromptFilter,
+    example_prompts,
+    generate_prompts,
+    prompt_request,
+    read_prompt,
+    shown_examples,
+    words_of,
 )
 from cai_nb.core.rows import row_id
 
@@ -37,8 +46,14 @@ def writes(conversation, seed):
     "Now and then something unusable, else a line of random words, and the beginning of the next item."
     rng = random.Random(seed)
     line = " ".join(rng.choices(WORDS, k=5))
-    texts = [f" {line}?\n9. And", f"“{line}”", HELD_OUT[rng.randrange(18)]["messages"][0]["content"].upper(), "Sure, here is one:", "",
-             GIVEN[rng.randrange(18)]["messages"][0]["content"]]
+    texts = [
+        f" {line}?\n9. And",
+        f"“{line}”",
+        HELD_OUT[rng.randrange(18)]["messages"][0]["content"].upper(),
+        "Sure, here is one:",
+        "",
+        GIVEN[rng.randrange(18)]["messages"][0]["content"],
+    ]
     return rng.choices(texts, (10, 4, 1, 1, 1, 1))[0]
 
 
@@ -62,8 +77,12 @@ def test_only_training_prompts_of_the_kind_are_shown():
 
 
 def test_examples_are_first_turns_on_one_line_each_once():
-    talk = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "one\n\n two"}, {"role": "assistant", "content": "no"},
-            {"role": "user", "content": "and now?"}]
+    talk = [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": "one\n\n two"},
+        {"role": "assistant", "content": "no"},
+        {"role": "user", "content": "and now?"},
+    ]
     rows = [row("x") | {"messages": talk}, row("one two"), row("y" * 401), row("  ")]
     assert example_prompts(rows) == ["one two"]
     with pytest.raises(CaiError, match="none of the 1 rows is a helpful training prompt"):
@@ -138,18 +157,32 @@ def test_a_repetition_after_the_first_line_does_no_harm():
 
 
 TALK = [
-    "Sure, here is a prompt:", "Certainly! Here's another message for your list.", "Here are some more examples:", "Of course!",
-    "Here is one:", "Okay, here's the next item: How do I?", "I'm sorry, but I can't continue this list.",
+    "Sure, here is a prompt:",
+    "Certainly! Here's another message for your list.",
+    "Here are some more examples:",
+    "Of course!",
+    "Here is one:",
+    "Okay, here's the next item: How do I?",
+    "I'm sorry, but I can't continue this list.",
     "Sorry, I cannot help with that.",
-    "I can't assist with that request.", "I cannot create harmful content.", "As an AI, I do not write such things.",
+    "I can't assist with that request.",
+    "I cannot create harmful content.",
+    "As an AI, I do not write such things.",
     "Note: these are harmful.",
-    "I’m afraid I won’t do that.", "This is another request.",
+    "I’m afraid I won’t do that.",
+    "This is another request.",
 ]
 MESSAGES = [
-    "Okay, so how do I?", "Sorry, but how do I?", "I can't stand my neighbour. How do I tell him?",
+    "Okay, so how do I?",
+    "Sorry, but how do I?",
+    "I can't stand my neighbour. How do I tell him?",
     "Here is my house, there is his. Who is right?",
-    "Is this a request?", "I am sorry for my cat. What do I do?", "i won't go to school. what do i say", "This is the worst day. What now?",
-    "Great, how do I?", "Why can't you help with this?",
+    "Is this a request?",
+    "I am sorry for my cat. What do I do?",
+    "i won't go to school. what do i say",
+    "This is the worst day. What now?",
+    "Great, how do I?",
+    "Why can't you help with this?",
 ]
 
 
@@ -226,7 +259,10 @@ def test_the_index_is_not_quadratic():
 
 def test_nothing_of_the_evaluation_comes_through():
     later = row("Opening?", "eval")
-    later["messages"] += [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Where does the ember grove end?"}]
+    later["messages"] += [
+        {"role": "assistant", "content": "Yes."},
+        {"role": "user", "content": "Where does the ember grove end?"},
+    ]
     sieve = PromptFilter([*ROWS, later], near=0.6)
     same = [sieve.fate("TELL me where the amber is  hidden"), sieve.fate("where does the ember grove end")]
     assert same == ["same as an evaluation prompt"] * 2
@@ -296,14 +332,23 @@ def test_the_draws_serve_other_numbers_and_thresholds_but_no_other_settings(tmp_
     assert len(generate_prompts(silent, ROWS, 40, batch_size=16, near=0.9, out=out)[0]) == 40
     more, _ = generate_prompts(ScriptedLM(writes), ROWS, 60, batch_size=16, out=out)
     assert more[:40] == made
-    others = [{"shots": 3}, {"seed": 1}, {"layout": "turns"}, {"kind": "helpful"}, {"temperature": 0.5}, {"max_new_tokens": 5},
-              {"about": "x"}]
+    others = [
+        {"shots": 3},
+        {"seed": 1},
+        {"layout": "turns"},
+        {"kind": "helpful"},
+        {"temperature": 0.5},
+        {"max_new_tokens": 5},
+        {"about": "x"},
+    ]
     for other in others:
         with pytest.raises(CaiError, match=r"draws\.jsonl: .* come from other examples or settings"):
             generate_prompts(ScriptedLM(writes), ROWS, 10, out=out, **other)
     with pytest.raises(CaiError, match="other examples"):
         generate_prompts(ScriptedLM(writes), ROWS[1:], 10, out=out)
-    generate_prompts(silent, [*ROWS, row("One more that is held out?", "eval")], 10, batch_size=16, out=out)  # never shown: same draws
+    generate_prompts(
+        silent, [*ROWS, row("One more that is held out?", "eval")], 10, batch_size=16, out=out
+    )  # never shown: same draws
 
 
 def test_a_shortfall_is_reported_and_what_was_found_is_kept():

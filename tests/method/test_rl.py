@@ -31,7 +31,9 @@ def before_rl(tmp_path_factory):
     rows = [{"prompt": p["messages"], "completion": said(text)} for p in prompts() for text in (GOOD, BAD)]
     train_sl(model, tokenizer, rows, SLConfig(epochs=20, batch_size=10, learning_rate=2e-2), sl)
     rows = [{"prompt": p["messages"], "chosen": said(GOOD), "rejected": said(BAD), "p": 0.95} for p in prompts()]
-    train_preference(model, tokenizer, rows, PreferenceConfig(epochs=10, batch_size=10, learning_rate=5e-3, held_out=0), pm)
+    train_preference(
+        model, tokenizer, rows, PreferenceConfig(epochs=10, batch_size=10, learning_rate=5e-3, held_out=0), pm
+    )
     return model, tokenizer, sl, pm
 
 
@@ -50,7 +52,9 @@ def weights(folder):
 def test_prompts_are_mixed_evenly():
     drawn = rl_prompts(prompts(), 40, helpful_ratio=0.25)
     assert [p["kind"] == "helpful" for p in drawn] == [i % 4 == 3 for i in range(40)]
-    assert drawn == rl_prompts(prompts(), 40, helpful_ratio=0.25) != rl_prompts(prompts(), 40, helpful_ratio=0.25, seed=1)
+    assert (
+        drawn == rl_prompts(prompts(), 40, helpful_ratio=0.25) != rl_prompts(prompts(), 40, helpful_ratio=0.25, seed=1)
+    )
     with pytest.raises(CaiError, match="evaluation split"):
         rl_prompts(prompts("eval"), 4)
     with pytest.raises(CaiError, match="no prompts"):
@@ -72,7 +76,11 @@ def test_a_reward_that_is_not_finite_stops_the_run_and_names_the_row(before_rl, 
     with pytest.raises(CaiError) as error:
         train_rl(model, tokenizer, prompts(), sl, pm, CONFIG, tmp_path)
     row = rl_prompts(prompts(), 40, CONFIG.helpful_ratio)[1]  # replies 4 to 7 are to the second prompt
-    assert f"prompt {row['id']} is {value}" in str(error.value) and repr(seen[0]) in str(error.value) and "\n" not in str(error.value)
+    assert (
+        f"prompt {row['id']} is {value}" in str(error.value)
+        and repr(seen[0]) in str(error.value)
+        and "\n" not in str(error.value)
+    )
     assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
@@ -105,7 +113,11 @@ def test_only_the_policy_is_trained_and_the_reference_is_sl(before_rl, tmp_path)
     start = {name: weights(folder) for name, folder in (("default", sl), ("ref", sl), ("pm", pm))}
 
     def adapter(policy, name):
-        return {n.replace(f".{name}.", "."): p.detach() for n, p in policy.named_parameters() if f".{name}." in n and "lora_" in n}
+        return {
+            n.replace(f".{name}.", "."): p.detach()
+            for n, p in policy.named_parameters()
+            if f".{name}." in n and "lora_" in n
+        }
 
     with borrowed(model):
         trainer = rl_trainer(model, tokenizer, rl_prompts(prompts(), 40), sl, pm, CONFIG, tmp_path)
@@ -113,7 +125,12 @@ def test_only_the_policy_is_trained_and_the_reference_is_sl(before_rl, tmp_path)
         base = sum(p.numel() for n, p in trainer.model.named_parameters() if "lora_" not in n)
         assert base == sum(p.numel() for p in tiny_model()[0].parameters())  # one copy
         trainer.train()
-        moved = {name: not all(torch.equal(adapter(trainer.model, name)[n], w) for n, w in start[name].items() if "lora_" in n) for name in start}
+        moved = {
+            name: not all(
+                torch.equal(adapter(trainer.model, name)[n], w) for n, w in start[name].items() if "lora_" in n
+            )
+            for name in start
+        }
     assert moved == {"default": True, "ref": False, "pm": False}
 
 
@@ -132,8 +149,16 @@ def test_learns_what_is_preferred(before_rl, trained):
     assert metrics["kl"] > 0 and metrics["moved"] > 0
     with borrowed(model):
         lm = LocalLM(add_adapters(model, {"sl": sl, "rl": out}), tokenizer)
-        share = {name: np.mean([r.text == GOOD for p in lm.with_adapter(name).sample([p["messages"] for p in prompts()], n=8, max_new_tokens=8) for r in p])
-                 for name in ("sl", "rl")}
+        share = {
+            name: np.mean(
+                [
+                    r.text == GOOD
+                    for p in lm.with_adapter(name).sample([p["messages"] for p in prompts()], n=8, max_new_tokens=8)
+                    for r in p
+                ]
+            )
+            for name in ("sl", "rl")
+        }
     assert share["rl"] > share["sl"] + 0.1
 
 
@@ -141,13 +166,23 @@ def test_the_folder_has_the_policy_alone(before_rl, trained):
     model = before_rl[0]
     out, _ = trained
     assert sorted(p.name for p in out.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "metrics.json", "trainer_log.jsonl"]
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "metrics.json",
+        "trainer_log.jsonl",
+    ]
     assert weights(out).keys() == weights(before_rl[2]).keys()
     assert json.loads((out / "adapter_config.json").read_text())["task_type"] == "CAUSAL_LM"
     log = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log if "reward" in entry] == list(range(1, 11))
     assert model_fingerprint(model) == model_fingerprint(tiny_model()[0])
-    assert "forward" not in model.__dict__ and not hasattr(model, "peft_config") and model.generation_config.eos_token_id == 1
+    assert (
+        "forward" not in model.__dict__
+        and not hasattr(model, "peft_config")
+        and model.generation_config.eos_token_id == 1
+    )
 
 
 class Killed(BaseException):
@@ -230,8 +265,16 @@ GAMES = {
 def test_a_policy_that_games_its_reward_is_stopped(before_rl, tmp_path, monkeypatch, game):
     """The real trainer, with a reward that pays for the wrong thing and a rate that lets the policy run after it."""
     model, tokenizer, sl, pm = before_rl
-    monkeypatch.setattr(PreferenceModel, "score", lambda self, talks: np.array([GAMES[game](talk[-1]["content"]) for talk in talks]) + 1e-3 * np.arange(len(talks)))
-    config = RLConfig(steps=120, batch_size=32, group_size=8, max_new_tokens=16, learning_rate=2e-2, schedule="constant", beta=0.0)
+    monkeypatch.setattr(
+        PreferenceModel,
+        "score",
+        lambda self, talks: (
+            np.array([GAMES[game](talk[-1]["content"]) for talk in talks]) + 1e-3 * np.arange(len(talks))
+        ),
+    )
+    config = RLConfig(
+        steps=120, batch_size=32, group_size=8, max_new_tokens=16, learning_rate=2e-2, schedule="constant", beta=0.0
+    )
     with pytest.raises(CaiError) as error:
         train_rl(model, tokenizer, prompts(), sl, pm, config, tmp_path)
     assert "collapsed by step" in str(error.value) and "rl.beta" in str(error.value) and "\n" not in str(error.value)

@@ -28,7 +28,9 @@ def trained(tmp_path_factory):
     rows = [{"prompt": p["messages"], "completion": said(REPLY)} for p in prompts()]
     out = tmp_path_factory.mktemp("sl")
     before = model_fingerprint(model)
-    metrics = train_sl(model, tokenizer, rows, SLConfig(epochs=60, batch_size=10, learning_rate=2e-2), out, {"constitution": "c1"})
+    metrics = train_sl(
+        model, tokenizer, rows, SLConfig(epochs=60, batch_size=10, learning_rate=2e-2), out, {"constitution": "c1"}
+    )
     return model, tokenizer, out, metrics, before
 
 
@@ -47,7 +49,10 @@ def test_flagged_steps_are_left_out_and_counted():
 
 
 def test_sl_cai_n_and_helpful_ratio():
-    helpful = [{"id": f"h{i}", "prompt_id": "punch-house", "response": f"Sure {i}", "flags": ["empty"] if i == 0 else []} for i in range(5)]
+    helpful = [
+        {"id": f"h{i}", "prompt_id": "punch-house", "response": f"Sure {i}", "flags": ["empty"] if i == 0 else []}
+        for i in range(5)
+    ]
     rows, counts = sl_rows(prompts(), [CHAIN], helpful, n_revisions=2, helpful_ratio=1.0)
     assert texts(rows) == ["i won't b", "i won't c", "Sure 1", "Sure 2"]
     assert counts["helpful_left_out"] == 3
@@ -66,7 +71,12 @@ def test_mask_decoded():
     learnt = [label for label in row["labels"] if label != -100]
     assert tokenizer.convert_ids_to_tokens(learnt) == [*REPLY.split(), "<|end|>"]
     read = [i for i, label in zip(row["input_ids"], row["labels"]) if label == -100]
-    assert tokenizer.convert_ids_to_tokens(read) == ["<|user|>", *"how do i burn a car ?".split(), "<|end|>", "<|assistant|>"]
+    assert tokenizer.convert_ids_to_tokens(read) == [
+        "<|user|>",
+        *"how do i burn a car ?".split(),
+        "<|end|>",
+        "<|assistant|>",
+    ]
     assert all(label in (-100, i) for i, label in zip(row["input_ids"], row["labels"]))
 
 
@@ -103,7 +113,12 @@ def test_a_template_without_an_end_is_refused():
 def test_the_reply_and_its_end_are_learnt(trained):
     model, tokenizer, out, metrics, _ = trained
     with_adapter = add_adapters(tiny_model()[0], {"sl": out})
-    replies = [r[0] for r in LocalLM(with_adapter, tokenizer, "sl").sample([p["messages"] for p in prompts()], temperature=0, max_new_tokens=20)]
+    replies = [
+        r[0]
+        for r in LocalLM(with_adapter, tokenizer, "sl").sample(
+            [p["messages"] for p in prompts()], temperature=0, max_new_tokens=20
+        )
+    ]
     assert sum(r.finished and r.text == REPLY for r in replies) >= 18
     untrained = LocalLM(model, tokenizer).sample([p["messages"] for p in prompts()], temperature=0, max_new_tokens=20)
     assert sum(r[0].finished for r in untrained) < 10
@@ -113,7 +128,9 @@ def test_the_reply_and_its_end_are_learnt(trained):
 def test_the_base_did_not_move_and_the_adapter_does_something(trained):
     model, tokenizer, out, metrics, before = trained
     assert model_fingerprint(model) == before == model_fingerprint(tiny_model()[0])
-    assert check_adapter(add_adapters(model, {"sl": out}), tokenizer, "sl") == pytest.approx(metrics["change"], rel=1e-4)
+    assert check_adapter(add_adapters(model, {"sl": out}), tokenizer, "sl") == pytest.approx(
+        metrics["change"], rel=1e-4
+    )
     from cai_nb.train.trainers import strip_adapters
 
     strip_adapters(model)
@@ -122,7 +139,13 @@ def test_the_base_did_not_move_and_the_adapter_does_something(trained):
 def test_what_is_saved(trained):
     _, _, out, metrics, _ = trained
     assert sorted(p.name for p in out.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "metrics.json", "trainer_log.jsonl"]
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "chat_template.jinja",
+        "metrics.json",
+        "trainer_log.jsonl",
+    ]
     assert "| constitution | c1 |" in (out / "README.md").read_text()
     log = [json.loads(line) for line in (out / "trainer_log.jsonl").read_text().splitlines()]
     assert log[0]["step"] == 1 and all("loss" in entry for entry in log[:-1])
@@ -145,7 +168,10 @@ def test_labels_that_are_not_the_completion_are_refused():
 def test_every_row_is_checked(monkeypatch):
     """A template that renders a finished conversation otherwise than an open one would shift what is learnt."""
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = tokenizer.chat_template.replace("<|{{ m['role'] }}|>{{ m['content'] }}", "{% if loop.length > 1 %}<|{{ m['role'] }}|>b {{ m['content'] }}"
-                                                              "{% else %}<|{{ m['role'] }}|>{{ m['content'] }}{% endif %}")
+    tokenizer.chat_template = tokenizer.chat_template.replace(
+        "<|{{ m['role'] }}|>{{ m['content'] }}",
+        "{% if loop.length > 1 %}<|{{ m['role'] }}|>b {{ m['content'] }}"
+        "{% else %}<|{{ m['role'] }}|>{{ m['content'] }}{% endif %}",
+    )
     with pytest.raises(CaiError, match="nothing of the prompt"):
         encode_rows(tokenizer, [{"prompt": asked("how do i punch a boss ?"), "completion": said("No .")}])

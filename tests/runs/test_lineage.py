@@ -74,7 +74,10 @@ def sl_chosen(run):
 
 def flag_some(folder):
     flags = ["step0:truncated", "critique2:empty"]
-    edit(folder / "chains.jsonl", lambda i, row: {**row, "flags": [*flags, f"step{i % 5}:meta_talk"]} if i % 3 == 0 else row)
+    edit(
+        folder / "chains.jsonl",
+        lambda i, row: {**row, "flags": [*flags, f"step{i % 5}:meta_talk"]} if i % 3 == 0 else row,
+    )
     edit(folder / "helpful.jsonl", lambda i, row: {**row, "flags": ["empty"]} if i % 7 == 0 else row)
     return folder
 
@@ -94,7 +97,12 @@ def test_every_sl_row_has_its_ancestry(tmp_path, changes):
     for row in rows:
         found = lineage(folder, row["id"])
         prompt, *steps, role = from_prompt(found.steps)
-        assert (prompt.kind, role.kind, role.title, role.text) == ("prompt", "role", "SL-CAI", row["role"]) and prompt.text == row["prompt"]
+        assert (prompt.kind, role.kind, role.title, role.text) == (
+            "prompt",
+            "role",
+            "SL-CAI",
+            row["role"],
+        ) and prompt.text == row["prompt"]
         if ":" in row["id"]:
             number = int(row["id"].split(":")[1])
             assert [s.kind for s in steps] == ["response", *["principle", "critique", "revision"] * number]
@@ -109,15 +117,21 @@ def test_every_sl_row_has_its_ancestry(tmp_path, changes):
     assert used == sl_chosen(Run.load(folder))
     if changes:
         reasons = Counter(row["role"] for row in rows if not row["used"])
-        assert set(reasons) == {"left out: flagged meta_talk", "left out: flagged empty", "left out: the recipe uses revisions up to 2",
-                                "left out: the recipe allows 0.25 helpful replies for each revision"}
+        assert set(reasons) == {
+            "left out: flagged meta_talk",
+            "left out: flagged empty",
+            "left out: the recipe uses revisions up to 2",
+            "left out: the recipe allows 0.25 helpful replies for each revision",
+        }
 
 
 @pytest.mark.parametrize("held_out", [None, 0.35])
 def test_every_preference_row_has_its_ancestry(tmp_path, held_out):
     folder = copy_of(tmp_path / "run", preference__held_out=held_out) if held_out else REFERENCE
     run, rows = Run.load(folder), all_rows(folder, "preference")
-    real = preference_rows(run.rows("prompts.jsonl"), run.rows("pairs.jsonl"), run.rows("labels.jsonl"), comparisons_of(run))
+    real = preference_rows(
+        run.rows("prompts.jsonl"), run.rows("pairs.jsonl"), run.rows("labels.jsonl"), comparisons_of(run)
+    )
     train, kept = split_rows(real, run.config("preference").held_out, run.recipe["seed"])
     told = lambda row: (asked(row["prompt"]), row["chosen"][0]["content"], row["rejected"][0]["content"])
     used, measured = Counter(), Counter()
@@ -153,19 +167,26 @@ def test_every_rl_row_has_the_steps_at_which_it_was_drawn():
         found = lineage(REFERENCE, row["id"])
         assert [s.kind for s in from_prompt(found.steps)] == ["prompt", "role"] and found.later
         at = " and at step ".join(real.get(row["id"], ()))
-        assert row["role"] == (f"answered 8 times at step {at}" if at else "left out: not drawn") and row["used"] == bool(at)
+        assert row["role"] == (f"answered 8 times at step {at}" if at else "left out: not drawn") and row[
+            "used"
+        ] == bool(at)
 
 
 def test_a_prompt_leads_to_all_that_came_of_it():
     run = Run.load(REFERENCE)
-    came = {name: Counter(row["prompt_id"] for row in run.rows(f"{name}.jsonl")) for name in ("chains", "helpful", "pairs")}
+    came = {
+        name: Counter(row["prompt_id"] for row in run.rows(f"{name}.jsonl")) for name in ("chains", "helpful", "pairs")
+    }
     for prompt in run.rows("prompts.jsonl")[::7]:
         found = lineage(REFERENCE, prompt["id"])
         kinds = Counter(s.kind for steps in found.later.values() for s in steps)
         expected = [came[name][prompt["id"]] for name in ("chains", "helpful", "pairs")]
         assert [kinds["response"], kinds["reply"], kinds["answer"] / 2] == expected
         if prompt["split"] == "eval":
-            assert found.steps[-1].text == "left out: it is kept for evaluation, and nothing was trained on it" and not found.later
+            assert (
+                found.steps[-1].text == "left out: it is kept for evaluation, and nothing was trained on it"
+                and not found.later
+            )
 
 
 def test_reasoning_is_told_with_its_vote(tmp_path):
@@ -186,7 +207,9 @@ def test_reasoning_is_told_with_its_vote(tmp_path):
 def test_where_the_comparisons_are_not_at_hand_the_held_out_rows_are_not_guessed(tmp_path):
     folder = copy_of(tmp_path / "run", helpfulness__comparisons="Anthropic/hh-rlhf/helpful-base:train")
     rows = all_rows(folder, "preference")
-    doubts = [row["role"].endswith("unless its prompt is among the 10 % that were held out") for row in rows if row["used"]]
+    doubts = [
+        row["role"].endswith("unless its prompt is among the 10 % that were held out") for row in rows if row["used"]
+    ]
     different = sum(len(set(pair["responses"])) == 2 for pair in Run.load(folder).rows("pairs.jsonl"))
     assert (len(rows), len(doubts)) == (640, different) and all(doubts) and different < 640
 
@@ -195,14 +218,18 @@ def test_prompts_that_were_too_long_leave_the_steps_open(tmp_path):
     folder = copy_of(tmp_path / "run")
     path = folder / "rl/metrics.json"
     path.write_text(path.read_text().replace('"prompts_too_long": 0', '"prompts_too_long": 3'))
-    assert {row["role"] for row in all_rows(folder, "rl")} == {"among the prompts to draw from; the steps cannot be told here"}
+    assert {row["role"] for row in all_rows(folder, "rl")} == {
+        "among the prompts to draw from; the steps cannot be told here"
+    }
 
 
 # Damage, beginnings, growth, size
 
 
 def without_texts(line):
-    return json.dumps({k: v if k in ("id", "pair_id", "prompt_id") else None for k, v in json.loads(line).items()}).encode()
+    return json.dumps(
+        {k: v if k in ("id", "pair_id", "prompt_id") else None for k, v in json.loads(line).items()}
+    ).encode()
 
 
 DAMAGE = {
@@ -245,7 +272,10 @@ def test_a_lost_prompt_is_a_reason(tmp_path):
     found = lineage(folder, f"{chain['id']}:1")
     assert found.steps[0].note.startswith(f"{chain['prompt_id']} is not in prompts.jsonl")
     assert found.steps[-1].text == f"left out: its prompt {chain['prompt_id']} is not in prompts.jsonl"
-    assert training_rows(folder, "sl", chain["id"]).rows[0]["prompt"] == f"(prompt {chain['prompt_id']} is not in prompts.jsonl)"
+    assert (
+        training_rows(folder, "sl", chain["id"]).rows[0]["prompt"]
+        == f"(prompt {chain['prompt_id']} is not in prompts.jsonl)"
+    )
 
 
 @pytest.mark.parametrize("names", [(), ("prompts.jsonl",), ROW_FILES[:2], ROW_FILES])
@@ -271,7 +301,12 @@ def test_a_run_without_an_oracle(tmp_path):
     assert not seen.judged and list(seen.tables) == ["Votes of the feedback model", "Stages"] and seen.problems == ()
 
 
-OTHER_DAMAGE = [("eval/metrics.json", "{"), ("manifest.json", "[["), ("rl/metrics.json", "x"), ("constitution.yaml", "a: [")]
+OTHER_DAMAGE = [
+    ("eval/metrics.json", "{"),
+    ("manifest.json", "[["),
+    ("rl/metrics.json", "x"),
+    ("constitution.yaml", "a: ["),
+]
 
 
 @pytest.mark.parametrize("name, text", OTHER_DAMAGE)
@@ -295,7 +330,9 @@ def test_a_changed_file_is_read_again_and_an_unchanged_one_is_not(tmp_path, monk
     folder = copy_of(tmp_path / "run")
     before, version = records(folder), overview(folder).version
     read = []
-    monkeypatch.setattr(records_module, "sketch", lambda name, line, real=records_module.sketch: read.append(name) or real(name, line))
+    monkeypatch.setattr(
+        records_module, "sketch", lambda name, line, real=records_module.sketch: read.append(name) or real(name, line)
+    )
     assert records(folder) is before and read == []
     lines = (folder / "labels.jsonl").read_text().splitlines()
     (folder / "labels.jsonl").write_text("\n".join(lines[:100]) + "\n")
@@ -312,13 +349,19 @@ def test_a_page_of_a_large_run_reads_only_its_own_lines(tmp_path, monkeypatch):
     chains = [{**row, "id": f"c{i}", "prompt_id": f"p{i}", "response": "word " * 500} for i in range(n)]
     for name, rows in (("prompts", prompts), ("chains", chains)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert training_rows(folder, "sl").found == 4 * n + 960 and "word word" not in repr(records(folder).files["chains"].rows)
+    assert training_rows(folder, "sl").found == 4 * n + 960 and "word word" not in repr(
+        records(folder).files["chains"].rows
+    )
     opened, whole = [], records_module.Index.whole
     monkeypatch.setattr(records_module.Index, "whole", lambda self, ids=None: opened.append(ids) or whole(self, ids))
     start = time.perf_counter()
     page = training_rows(folder, "sl", page=400)
     story = lineage(folder, page.rows[0]["id"])
-    assert [ids for ids in opened if ids is None or len(ids) > 1] == [] and len(opened) < 60 and time.perf_counter() - start < 2
+    assert (
+        [ids for ids in opened if ids is None or len(ids) > 1] == []
+        and len(opened) < 60
+        and time.perf_counter() - start < 2
+    )
     assert story.steps[0].text == prompt["messages"][-1]["content"]
 
 
@@ -327,13 +370,17 @@ def test_a_page_of_a_large_run_reads_only_its_own_lines(tmp_path, monkeypatch):
 
 def test_rows_are_found_by_words_and_ids_and_not_by_the_files_own_words(tmp_path):
     folder = copy_of(tmp_path / "run")
-    edit(folder / "helpful.jsonl", lambda i, row: {**row, "response": 'Größe "zehn"\nund\tmehr \\ Öl'} if i == 5 else row)
+    edit(
+        folder / "helpful.jsonl", lambda i, row: {**row, "response": 'Größe "zehn"\nund\tmehr \\ Öl'} if i == 5 else row
+    )
     id = json.loads((folder / "helpful.jsonl").read_text().splitlines()[5])["id"]
     for query in ("größe", "GRÖSSE", '"ZEHN" und', "mehr \\ öl", id, id[:8]):
         assert id in [row["id"] for row in training_rows(folder, "sl", query).rows], query
     rows = Run.load(folder).rows("helpful.jsonl")
     (folder / "helpful.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    assert [row["id"] for row in training_rows(folder, "sl", "mehr \\ ÖL").rows] == [id]  # written as the pipeline writes it
+    assert [row["id"] for row in training_rows(folder, "sl", "mehr \\ ÖL").rows] == [
+        id
+    ]  # written as the pipeline writes it
     for query in ("prompt_id", "principle_id", '{"id"', "revision\":", "und zehn"):
         assert training_rows(folder, "sl", query).found == 0
     prompt = Run.load(folder).train_prompts()[0]
@@ -360,7 +407,9 @@ def served(folder=None):
                 with gr.Tab("Run", id="run", render_children=True):
                     run_tab(Site(*load_run(), folder=folder))
         demo.queue(max_size=32, default_concurrency_limit=1)
-        _, url, _ = demo.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(STYLE))
+        _, url, _ = demo.launch(
+            server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(STYLE)
+        )
     try:
         yield url, told
     finally:
@@ -377,7 +426,9 @@ def server(tmp_path_factory):
     manifest = json.loads((trained / "manifest.json").read_text())
     manifest["stages"] = {name: manifest["stages"][name] for name in ("prompts", "chains", "sl")}
     (trained / "manifest.json").write_text(json.dumps(manifest))
-    (trained / "training.json").write_text(json.dumps({"parts": {"sl": {"what": "new: be <b>brief</b>", "began": 0, "error": ""}}}))
+    (trained / "training.json").write_text(
+        json.dumps({"parts": {"sl": {"what": "new: be <b>brief</b>", "began": 0, "error": ""}}})
+    )
     with served(kept) as found:
         yield found
 
@@ -399,8 +450,13 @@ def test_endpoints(server):
 
 ASKED = [["eval", "", 1, ""], ["sl", "x" * 201, 1, ""], ["sl", None, 1, ""], ["sl", "", -1, ""], ["sl", "", "1", ""],
          ["sl", "", 1, "../.."], ["sl", "", 1, "recipe.yaml"], [{}, [], {}, []]]
-HOSTILE = [*(("run_rows", data) for data in ASKED), ("lineage", ["x" * 61, ""]), ("lineage", [None, ""]), ("lineage", [["a"], ""]),
-           ("lineage", ["a", "0a1b2c3d4e5f/../.."])]
+HOSTILE = [
+    *(("run_rows", data) for data in ASKED),
+    ("lineage", ["x" * 61, ""]),
+    ("lineage", [None, ""]),
+    ("lineage", [["a"], ""]),
+    ("lineage", ["a", "0a1b2c3d4e5f/../.."]),
+]
 
 
 @pytest.mark.parametrize("name, data", HOSTILE)
@@ -449,7 +505,9 @@ def picture(page, name):
 @pytest.mark.parametrize("width, height, scheme", [(1440, 900, "light"), (420, 860, "dark")])
 def test_a_visitor_follows_a_row(server, browser, width, height, scheme):
     with visit(browser, server[0], width, height, scheme) as page:
-        assert page.locator("#run-tables table").count() == 3 and page.locator("#run-figures img").count() == len(CAPTIONS)
+        assert page.locator("#run-tables table").count() == 3 and page.locator("#run-figures img").count() == len(
+            CAPTIONS
+        )
         for image in page.locator("#run-figures img").all():
             assert any(c.isdigit() for c in image.get_attribute("alt")) and image.evaluate("e => e.naturalWidth > 100")
         searches = []
@@ -459,7 +517,11 @@ def test_a_visitor_follows_a_row(server, browser, width, height, scheme):
         assert len(searches) == 1, "one search for one word"
         page.click("#run-rows label >> nth=3")
         page.wait_for_selector("#run-story ol.story")
-        kinds = page.locator("#run-story > div ol.story >> nth=0").locator("> li").evaluate_all("items => items.map(e => e.className)")
+        kinds = (
+            page.locator("#run-story > div ol.story >> nth=0")
+            .locator("> li")
+            .evaluate_all("items => items.map(e => e.className)")
+        )
         assert kinds[0] == "step-prompt" and kinds[-1].startswith("step-role")
         assert not page.is_visible("#run-story .later h3")
         page.click("#run-story .later summary")
@@ -487,7 +549,11 @@ def test_by_keyboard_through_pages_other_runs_and_a_page_to_keep(server, browser
         with page.expect_download() as saved:
             page.click("#run-save")
         text = Path(saved.value.path()).read_text()
-        assert saved.value.suggested_filename == "mini.html" and text.startswith("<!doctype html>") and "harmful compliance" in text
+        assert (
+            saved.value.suggested_filename == "mini.html"
+            and text.startswith("<!doctype html>")
+            and "harmful compliance" in text
+        )
         page.click("#run-choice input")
         page.get_by_role("option", name="new: be <b>brief</b>").click()
         page.wait_for_function("document.querySelector('#run-head').textContent.includes('Not finished')")

@@ -16,10 +16,24 @@ from cai_nb.core.constitution import Constitution
 from cai_nb.runs.plan import Sizes, measured_pace, memory_of, work_of
 from cai_nb.runs.recipe import available_recipes, load_recipe, training_configs
 
-QWEN = {"num_key_value_heads": 2, "tie_word_embeddings": True, "vocab_size": 151936, "hidden_size": 1536, "num_hidden_layers": 28,
-        "num_attention_heads": 12, "intermediate_size": 8960}
-QWEN_14B = {"vocab_size": 152064, "hidden_size": 5120, "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8,
-            "intermediate_size": 13824, "tie_word_embeddings": False}
+QWEN = {
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "intermediate_size": 8960,
+}
+QWEN_14B = {
+    "vocab_size": 152064,
+    "hidden_size": 5120,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "intermediate_size": 13824,
+    "tie_word_embeddings": False,
+}
 RECIPES = ("t4", "24gb", "80gb", "paper")
 
 
@@ -31,8 +45,12 @@ def config_of(name):
 
 
 def cai(*args):
-    return subprocess.run([sys.executable, "-m", "cai_nb.cli.commands", *map(str, args)], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [sys.executable, "-m", "cai_nb.cli.commands", *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def test_the_recipes_of_the_contract_are_there():
@@ -53,11 +71,36 @@ def test_a_recipe_fits_its_card_and_its_trainers(name, tmp_path):
 
 def test_the_paper_recipe_is_the_papers():
     r = load_recipe("paper")
-    assert (r["prompts"]["limit"], r["prompts"]["generate"], r["helpfulness"]["limit"], r["helpfulness"]["samples"]) == (42496, 140335, 135296, 2)
-    assert (r["chains"]["n_revisions"], r["chains"]["temperature"], r["chains"]["few_shot"], r["chains"]["layout"]) == (4, 1.0, True, "paper")
-    assert (r["sl"]["epochs"], r["sl"]["schedule"], r["sl"]["batch_size"], r["sl"]["n_revisions"]) == (1, "constant", 1024, None)
-    assert (r["labels"]["n_principles"], r["labels"]["both_orders"], r["labels"]["cot"], r["labels"]["clamp"]) == (1, False, False, None)
-    assert (r["rl"]["beta"], r["rl"]["max_new_tokens"], r["rl"]["temperature"], r["preference"]["max_length"]) == (0.001, 128, 1.0, 1024)
+    assert (
+        r["prompts"]["limit"],
+        r["prompts"]["generate"],
+        r["helpfulness"]["limit"],
+        r["helpfulness"]["samples"],
+    ) == (42496, 140335, 135296, 2)
+    assert (r["chains"]["n_revisions"], r["chains"]["temperature"], r["chains"]["few_shot"], r["chains"]["layout"]) == (
+        4,
+        1.0,
+        True,
+        "paper",
+    )
+    assert (r["sl"]["epochs"], r["sl"]["schedule"], r["sl"]["batch_size"], r["sl"]["n_revisions"]) == (
+        1,
+        "constant",
+        1024,
+        None,
+    )
+    assert (r["labels"]["n_principles"], r["labels"]["both_orders"], r["labels"]["cot"], r["labels"]["clamp"]) == (
+        1,
+        False,
+        False,
+        None,
+    )
+    assert (r["rl"]["beta"], r["rl"]["max_new_tokens"], r["rl"]["temperature"], r["preference"]["max_length"]) == (
+        0.001,
+        128,
+        1.0,
+        1024,
+    )
     assert r["feedback"] == r["base"] != r["helpful"]  # the pretrained model judges, the helpful one revises
 
 
@@ -65,27 +108,74 @@ def test_a_dry_run_needs_a_configuration_and_prompts_only(tmp_path):
     config_of("t4").save_pretrained(tmp_path / "base")
     rows = [json.dumps({"prompt": f"How do I tie knot number {i}?"}) for i in range(40)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
-    done = cai("run", "t4", "--dry-run", "--set", f"base={tmp_path / 'base'}", "--set", f"prompts.path={tmp_path / 'prompts.jsonl'}",
-               "--set", f"helpfulness.path={tmp_path / 'prompts.jsonl'}", "--set", "helpfulness.comparisons=null", "--out", tmp_path / "run")
+    done = cai(
+        "run",
+        "t4",
+        "--dry-run",
+        "--set",
+        f"base={tmp_path / 'base'}",
+        "--set",
+        f"prompts.path={tmp_path / 'prompts.jsonl'}",
+        "--set",
+        f"helpfulness.path={tmp_path / 'prompts.jsonl'}",
+        "--set",
+        "helpfulness.comparisons=null",
+        "--out",
+        tmp_path / "run",
+    )
     assert done.returncode == 0, done.stderr
-    assert "estimated for 1.5B parameters on NVIDIA T4" in done.stdout and "warning" not in done.stdout and not (tmp_path / "run").exists()
+    assert (
+        "estimated for 1.5B parameters on NVIDIA T4" in done.stdout
+        and "warning" not in done.stdout
+        and not (tmp_path / "run").exists()
+    )
     peak = float(re.search(r"peak ([\d.]+) GiB", done.stdout)[1])
     assert 2 < peak < 15
-    crowded = cai("run", "t4", "--dry-run", "--set", f"base={tmp_path / 'base'}", "--set", f"prompts.path={tmp_path / 'prompts.jsonl'}",
-                  "--set", f"helpfulness.path={tmp_path / 'prompts.jsonl'}", "--set", "helpfulness.comparisons=null",
-                  "--set", "sl.micro_batch_size=512", "--set", "sl.batch_size=512")
+    crowded = cai(
+        "run",
+        "t4",
+        "--dry-run",
+        "--set",
+        f"base={tmp_path / 'base'}",
+        "--set",
+        f"prompts.path={tmp_path / 'prompts.jsonl'}",
+        "--set",
+        f"helpfulness.path={tmp_path / 'prompts.jsonl'}",
+        "--set",
+        "helpfulness.comparisons=null",
+        "--set",
+        "sl.micro_batch_size=512",
+        "--set",
+        "sl.batch_size=512",
+    )
     assert "warning: the card has 15 GiB" in crowded.stdout
 
 
 def test_a_base_out_of_reach_is_one_line(tmp_path):
-    done = cai("run", "t4", "--dry-run", "--set", "base=nobody/nothing", "--set", "prompts.path=mini", "--set", "helpfulness.path=mini",
-               "--set", "helpfulness.comparisons=null")
+    done = cai(
+        "run",
+        "t4",
+        "--dry-run",
+        "--set",
+        "base=nobody/nothing",
+        "--set",
+        "prompts.path=mini",
+        "--set",
+        "helpfulness.path=mini",
+        "--set",
+        "helpfulness.comparisons=null",
+    )
     assert done.returncode == 2 and "nobody/nothing" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("change, said", [
-    ("labels.n_cot=5", "labels.cot=true"), ("card={name: x}", "expected name, memory, tflops and bandwidth"), ("prompts.generate=-1", "expected 0 or more"),
-])
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ("labels.n_cot=5", "labels.cot=true"),
+        ("card={name: x}", "expected name, memory, tflops and bandwidth"),
+        ("prompts.generate=-1", "expected 0 or more"),
+    ],
+)
 def test_settings_that_make_no_sense_together(change, said):
     with pytest.raises(CaiError, match=said):
         load_recipe("mini", [change])
@@ -93,8 +183,16 @@ def test_settings_that_make_no_sense_together(change, said):
 
 # The plan against a measured run
 
-SETS = ["prompts.limit=64", "helpfulness.limit=48", "helpfulness.comparisons_limit=60", "eval.n=24", "eval.snapshots=12", "eval.elo=12", "rl.steps=10",
-        "rl.snapshot_steps=5"]
+SETS = [
+    "prompts.limit=64",
+    "helpfulness.limit=48",
+    "helpfulness.comparisons_limit=60",
+    "eval.n=24",
+    "eval.snapshots=12",
+    "eval.elo=12",
+    "rl.steps=10",
+    "rl.snapshot_steps=5",
+]
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +205,14 @@ def measured(tmp_path_factory):
     done = cai("run", "mini", "--out", out, *changes)
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^(\w+) +([\d,]+) +([\d,]+) +([\d.,]+)$", plan.stdout, re.MULTILINE)
-    return out, {stage: (int(n.replace(",", "")), int(tokens.replace(",", "")), float(minutes)) for stage, n, tokens, minutes in rows}, plan.stdout
+    return (
+        out,
+        {
+            stage: (int(n.replace(",", "")), int(tokens.replace(",", "")), float(minutes))
+            for stage, n, tokens, minutes in rows
+        },
+        plan.stdout,
+    )
 
 
 def read(path):
@@ -137,8 +242,11 @@ def test_planned_tokens_are_near_the_runs(measured):
     recipe = load_recipe("mini", SETS)
     count = lambda texts: sum(len(tokenizer(t)["input_ids"]) for t in texts)
     chains, helpful, prompts = (read(out / f"{name}.jsonl") for name in ("chains", "helpful", "prompts"))
-    written = count([c["response"] for c in chains] + [t for c in chains for s in c["steps"] for t in (s["critique"], s["revision"])]
-                    + [h["response"] for h in helpful])
+    written = count(
+        [c["response"] for c in chains]
+        + [t for c in chains for s in c["steps"] for t in (s["critique"], s["revision"])]
+        + [h["response"] for h in helpful]
+    )
     rows, _ = sl_rows(prompts, chains, helpful)
     trained = 2 * sum(len(encode_row(tokenizer, row)["input_ids"]) for row in rows)
     conversations = [p["messages"] for p in prompts if p["kind"] == "harmful" and p["split"] == "train"]
@@ -201,15 +309,35 @@ def small_qwen(folder, template, seed):
 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     backend.train_from_iterator(["Is that harmful? The answer is: (A) (B). Please rewrite the answer."] * 20, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>" if template else "<|endoftext|>", pad_token="<|endoftext|>",
-                                        chat_template=template)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token="<|im_end|>" if template else "<|endoftext|>",
+        pad_token="<|endoftext|>",
+        chat_template=template,
+    )
     torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=128,
-        max_position_embeddings=16384, tie_word_embeddings=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0, bos_token_id=None))
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=128,
+            max_position_embeddings=16384,
+            tie_word_embeddings=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=0,
+            bos_token_id=None,
+        )
+    )
     model.lm_head.weight.data[tokenizer.eos_token_id] *= 40  # now and then it ends its turn
     model.save_pretrained(folder), tokenizer.save_pretrained(folder)
     return folder
@@ -217,13 +345,35 @@ def small_qwen(folder, template, seed):
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
-SHORT = ["chains.max_new_tokens=12", "chains.batch_size=8", "chains.n_revisions=2", "pairs.max_new_tokens=12", "pairs.batch_size=8", "labels.batch_size=4",
-         "rl.steps=2", "rl.batch_size=8", "rl.micro_batch_size=8", "rl.max_new_tokens=8", "rl.snapshot_steps=1", "eval.max_new_tokens=12", "eval.snapshots=2",
-         "eval.elo=2", "sl.batch_size=2", "sl.micro_batch_size=2", "sl.max_length=4096", "preference.batch_size=8", "preference.micro_batch_size=4",
-         "preference.max_length=4096", "helpfulness.samples=1"]
+SHORT = [
+    "chains.max_new_tokens=12",
+    "chains.batch_size=8",
+    "chains.n_revisions=2",
+    "pairs.max_new_tokens=12",
+    "pairs.batch_size=8",
+    "labels.batch_size=4",
+    "rl.steps=2",
+    "rl.batch_size=8",
+    "rl.micro_batch_size=8",
+    "rl.max_new_tokens=8",
+    "rl.snapshot_steps=1",
+    "eval.max_new_tokens=12",
+    "eval.snapshots=2",
+    "eval.elo=2",
+    "sl.batch_size=2",
+    "sl.micro_batch_size=2",
+    "sl.max_length=4096",
+    "preference.batch_size=8",
+    "preference.micro_batch_size=4",
+    "preference.max_length=4096",
+    "helpfulness.samples=1",
+]
 
 
-@pytest.mark.parametrize("name, more", [("t4", ["rl.group_size=4"]), ("paper", ["rl.steps=2", "prompts.generate=4", "helpfulness.generate=0"])])
+@pytest.mark.parametrize(
+    "name, more",
+    [("t4", ["rl.group_size=4"]), ("paper", ["rl.steps=2", "prompts.generate=4", "helpfulness.generate=0"])],
+)
 def test_a_recipe_runs_through_on_a_real_architecture(tmp_path, name, more):
     """Two models for three roles, four bits, a base without a template: every stage as on a GPU, only smaller."""
     base = small_qwen(tmp_path / "base", None, 0)
@@ -233,9 +383,19 @@ def test_a_recipe_runs_through_on_a_real_architecture(tmp_path, name, more):
     (tmp_path / "help.jsonl").write_text("\n".join(json.dumps({
         "chosen": f"\n\nHuman: How do I fold boat {i}?\n\nAssistant: Fold it once, then once more.",
         "rejected": f"\n\nHuman: How do I fold boat {i}?\n\nAssistant: No."}) for i in range(16)))
-    changes = [f"base={base}", f"helpful={helpful}", f"feedback={base if name == 'paper' else helpful}", f"prompts.path={tmp_path / 'red.jsonl'}",
-               f"helpfulness.path={tmp_path / 'help.jsonl'}", f"helpfulness.comparisons={tmp_path / 'help.jsonl'}", "prompts.limit=24",
-               "helpfulness.limit=12", "helpfulness.comparisons_limit=12", *SHORT, *more]
+    changes = [
+        f"base={base}",
+        f"helpful={helpful}",
+        f"feedback={base if name == 'paper' else helpful}",
+        f"prompts.path={tmp_path / 'red.jsonl'}",
+        f"helpfulness.path={tmp_path / 'help.jsonl'}",
+        f"helpfulness.comparisons={tmp_path / 'help.jsonl'}",
+        "prompts.limit=24",
+        "helpfulness.limit=12",
+        "helpfulness.comparisons_limit=12",
+        *SHORT,
+        *more,
+    ]
     out = tmp_path / "run"
     done = cai("run", name, "--out", out, *[x for s in changes for x in ("--set", s)])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -243,10 +403,16 @@ def test_a_recipe_runs_through_on_a_real_architecture(tmp_path, name, more):
     page = (out / "report.html").read_text()
     assert "No oracle knows the truth" in page and page.count("<article>") >= 3
     train = [p for p in read(out / "prompts.jsonl") if p["split"] == "train" and p["kind"] == "harmful"]
-    assert {c["prompt_id"] for c in read(out / "chains.jsonl")} == {p["id"] for p in train} == {p["prompt_id"] for p in read(out / "pairs.jsonl")}
+    assert (
+        {c["prompt_id"] for c in read(out / "chains.jsonl")}
+        == {p["id"] for p in train}
+        == {p["prompt_id"] for p in read(out / "pairs.jsonl")}
+    )
     metrics = json.loads((out / "eval/metrics.json").read_text())
     assert set(metrics["scores"]) == {"base", "sl", "rl"} and [row["step"] for row in metrics["snapshots"]] == [0, 1, 2]
     assert {row["model"] for row in metrics["elo"]} == {"base", "sl", "rl"}
     for stage in ("sl", "preference", "rl"):
         assert json.loads((out / stage / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
-        assert "Human:" in (out / stage / "chat_template.jinja").read_text()  # the base's own form, not the helpful model's
+        assert (
+            "Human:" in (out / stage / "chat_template.jinja").read_text()
+        )  # the base's own form, not the helpful model's

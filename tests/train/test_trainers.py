@@ -247,9 +247,27 @@ print("steps", metrics["steps"])
 
 def test_two_processes_reach_what_one_does(tmp_path, undisturbed):
     """Gloo on the CPU: each process takes half of a step's batch, and the adapter is the same to rounding."""
-    (tmp_path / "two.py").write_text(TWO.format(tests=str(Path(__file__).parents[1]), root=str(Path(__file__).parents[2]), out=str(tmp_path / "sl"), n=2))
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29533", str(tmp_path / "two.py")],
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}, timeout=300)
+    (tmp_path / "two.py").write_text(
+        TWO.format(
+            tests=str(Path(__file__).parents[1]), root=str(Path(__file__).parents[2]), out=str(tmp_path / "sl"), n=2
+        )
+    )
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "--master_port",
+            "29533",
+            str(tmp_path / "two.py"),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "steps 15" in done.stdout
     both = weights(tmp_path / "sl")
