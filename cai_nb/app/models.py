@@ -16,7 +16,7 @@ from pathlib import Path
 from ..core.errors import CaiError
 from ..core.constitution import Constitution
 from ..core.files import file_digest
-from ..runs.reading import reference_folder
+from ..runs.folder import reference_folder
 
 # %% auto #0
 __all__ = ['COLUMNS', 'MINI', 'UNKNOWN', 'Models', 'mini_examples', 'mini_goes_on', 'only_known', 'is_unknown', 'adapters_in',

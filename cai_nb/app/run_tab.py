@@ -13,11 +13,12 @@ from types import SimpleNamespace
 import gradio as gr
 
 from ..runs.markup import note
-from ..runs.reading import reference_folder
+from ..runs.folder import reference_folder
 from ..core.errors import CaiError
 from ..runs.lineage import STAGE_TITLES, Page, lineage, training_rows
 from .lineage_cards import STYLE as CARDS_STYLE, found_text, lineage_html, row_choice
-from ..runs.page import Overview, figures_html, head_html, origin_html, overview, page_html, tables_html
+from ..runs.overview import Overview, overview
+from ..runs.page import figures_html, head_html, origin_html, page_html, tables_html
 from .wiring import AT_ONCE, QUIET, Site, api, as_message, saved_by_browser
 from .requests import checked_choice, checked_number
 

@@ -18,7 +18,7 @@ from cai_nb.runs.process import (
 )
 from ..core.files import write_safely
 from .models import Models, digest_of
-from ..runs.reading import reference_folder
+from ..runs.folder import reference_folder
 from ..core.errors import CaiError
 from ..core.constitution import Constitution
 from ..core.rows import row_id

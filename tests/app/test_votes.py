@@ -199,7 +199,7 @@ def test_votes_on_other_weights_do_not_count(tmp_path):
 
 def test_the_export_is_what_the_preference_stage_reads(tmp_path):
     from cai_nb.method.preference import preference_rows
-    from cai_nb.runs.stages import comparisons_of
+    from cai_nb.runs.rl_stages import comparisons_of
 
     votes = Votes(tmp_path)
     for i, (helpful, harmless) in enumerate(
