@@ -17,7 +17,7 @@ from cai_nb.method.critique import (
     CRITIQUE_EXAMPLES,
     critique_request,
     draw_principles,
-    few_shot_messages,
+    critique_shots,
     revision_request,
     with_examples,
 )
@@ -81,7 +81,7 @@ def _readable(states):
 def examples_of(models: Models, critiques: bool = True) -> list:
     "The worked examples that this run puts in front of its requests; none unless its recipe says so."
     wanted = (models.recipe or {}).get("chains", {}).get("few_shot")
-    return few_shot_messages(CRITIQUE_EXAMPLES if wanted else (), models.layout, critiques)
+    return critique_shots(CRITIQUE_EXAMPLES if wanted else (), models.layout, critiques)
 
 
 def has_text(principle, *kinds: str):
@@ -183,7 +183,7 @@ _NOT_ASKED = {
 def _question(models, messages, answers, principle, pair, order, cot=False) -> list:
     shown = [answers[column] for column in (pair if order == "ab" else pair[::-1])]
     few = asking.COMPARISON_EXAMPLES if (models.recipe or {}).get("labels", {}).get("few_shot") else ()
-    examples = asking.few_shot_messages(few, Constitution("here", (principle,)), models.comparison_layout, cot)
+    examples = asking.comparison_shots(few, Constitution("here", (principle,)), models.comparison_layout, cot)
     return [*examples, *asking.comparison_context(messages, shown, principle, models.comparison_layout, cot)]
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Hardware', 'hardware', 'check_template', 'load_model', 'model_source', 'lora_config', 'model_fingerprint',
-           'model_lock', 'evaluating', 'adapter_names', 'using_adapter', 'check_adapter', 'save_adapter',
-           'add_adapters']
+           'model_lock', 'evaluating', 'adapter_names', 'using_adapter', 'check_adapter', 'adapter_fingerprint',
+           'save_adapter', 'add_adapters']
 
 # %% ../../nbs/lm/00_model.ipynb #b9083f4c
 import hashlib
@@ -172,8 +172,13 @@ def model_fingerprint(
     model,  # a plain model, or one with adapters
 ) -> str:  # 16 hexadecimal characters
     "A digest of the base weights, adapters left out: exact sums of their bits and a sample of them."
+    return _digest_of(sorted((_base_name(n), p) for n, p in model.named_parameters() if not _of_adapter(n)))
+
+
+def _digest_of(weights: list[tuple]) -> str:
+    "16 hexadecimal characters for (name, weight) pairs: shapes, types, exact sums of their bits, and a sample of them."
     digest = hashlib.sha256()
-    for name, weight in sorted((_base_name(n), p) for n, p in model.named_parameters() if not _of_adapter(n)):
+    for name, weight in weights:
         bits = weight.detach().contiguous().flatten().view(_INTEGERS[weight.element_size()])
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {int(bits.sum(dtype=torch.int64))}".encode())
         digest.update(bits[::max(1, len(bits) // 64)].cpu().numpy().tobytes())
@@ -272,6 +277,19 @@ def check_adapter(
         raise CaiError(f"adapter {name!r} changes nothing (largest difference of a logit: {change}); "
                        "it was not trained, or not loaded")
     return change
+
+# %% ../../nbs/lm/00_model.ipynb #c397d3cc
+def adapter_fingerprint(
+    model,  # a model with adapters
+    name: str,  # which of them
+) -> str:  # 16 hexadecimal characters
+    "A digest of one adapter: its weights as in `model_fingerprint`, its rank and its scale."
+    if name not in adapter_names(model):
+        raise CaiError(f"adapter {name!r}: this model has {', '.join(adapter_names(model)) or 'none'}")
+    part, config = f".{name}.", model.peft_config[name]
+    mine = sorted((n.replace(part, "."), p) for n, p in model.named_parameters() if _of_adapter(n) and part in n)
+    scale = [getattr(config, field, None) for field in ("r", "lora_alpha", "use_rslora", "use_dora")]
+    return hashlib.sha256(f"{_digest_of(mine)} {scale}".encode()).hexdigest()[:16]
 
 # %% ../../nbs/lm/00_model.ipynb #df9c24d3
 def save_adapter(
