@@ -1,4 +1,4 @@
-"""Two constitutions on the same pairs: known votes give known shares, silence is no agreement, and swaps change nothing."""
+"""Two constitutions on the same pairs: known votes give known shares, silence is no agreement, swaps change nothing."""
 import math
 import random
 from dataclasses import replace
@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from scripted import Killed, ScriptedLM, prompt, resumes_identically
 
-from cai_nb.core.errors import CaiError
 from cai_nb.core.constitution import Constitution
+from cai_nb.core.errors import CaiError
 from cai_nb.core.principle import Principle
 from cai_nb.measure.disagreement import (
-    Votes,
+    PrincipleVotes,
     compare_on_pairs,
     disagreement,
     drawn,
@@ -23,7 +23,8 @@ from cai_nb.measure.disagreement import (
     sides,
 )
 from cai_nb.measure.rates import rate
-from cai_nb.method.feedback import FEW_SHOT, sample_pairs
+from cai_nb.method.comparison import COMPARISON_EXAMPLES
+from cai_nb.method.feedback import sample_pairs
 
 # Each principle asks for a word, and prefers the reply that has it. `pairs_of` says which words the replies have.
 WORDS = ("kind", "brief", "true")
@@ -39,17 +40,14 @@ def constitution(name, *words, **weights):
 def pairs_of(*words_of_both):
     "A pair for each (words of the first reply, words of the second)."
     rows = [prompt(f"request {i}") for i in range(len(words_of_both))]
-    texts = [
-        [f"{which} {i}: {words}" for which, words in zip(("one", "two"), both)] for i, both in enumerate(words_of_both)
-    ]
-    return [
-        {"id": f"pair {i}", "prompt_id": p["id"], "responses": t, "flags": []}
-        for i, (p, t) in enumerate(zip(rows, texts))
-    ], rows
+    texts = [[f"one {i}: {first}", f"two {i}: {second}"] for i, (first, second) in enumerate(words_of_both)]
+    pairs = [{"id": f"pair {i}", "prompt_id": row["id"], "responses": replies, "flags": []}
+             for i, (row, replies) in enumerate(zip(rows, texts))]
+    return pairs, rows
 
 
 def judge(firm=2.0, bias=0.0):
-    "Prefers the option that has the word asked for, by `firm` in log-odds; with no such difference only the letter counts."
+    "Prefers the option that has the word asked for, by `firm` in log-odds; else only the letter counts."
 
     def logprobs(context):
         text = context[-2]["content"]
@@ -132,8 +130,8 @@ def test_replies_turned_round_turn_the_votes_and_leave_the_disagreement():
 def test_disagreement_has_no_direction_and_nobody_disagrees_with_himself():
     rng = np.random.default_rng(0)
     pairs, prompts = pairs_of(*[("x", "y")] * 40)
-    a = Votes(constitution("a", *WORDS, kind=3.0), pairs, rng.uniform(size=(40, 3)))
-    b = Votes(constitution("b", "kind", "brief", brief=0.2), pairs, rng.uniform(size=(40, 2)))
+    a = PrincipleVotes(constitution("a", *WORDS, kind=3.0), pairs, rng.uniform(size=(40, 3)))
+    b = PrincipleVotes(constitution("b", "kind", "brief", brief=0.2), pairs, rng.uniform(size=(40, 2)))
     ab, ba = disagreement(a, b, prompts), disagreement(b, a, prompts)
     assert (ab.against == ab.against.T).all() and (np.diag(ab.against) == 0).all()
     assert ab.whole == ba.whole and ab.within == ba.within[::-1] and ab.nearest == ba.nearest[::-1]
@@ -192,12 +190,12 @@ def test_the_loneliest_principle_comes_first():
 
 def test_the_sharpest_pair_is_where_both_are_firm():
     pairs, prompts = pairs_of(*[("x", "y")] * 5)
-    a = Votes(
+    a = PrincipleVotes(
         constitution("a", "kind", "true"),
         pairs,
         np.array([[0.99, 0.95], [0.9, 0.7], [0.8, 0.9], [0.99, 0.99], [0.3, 0.2]]),
     )
-    b = Votes(constitution("b", "brief"), pairs, np.array([[0.42], [0.2], [0.3], [0.9], [0.65]]))
+    b = PrincipleVotes(constitution("b", "brief"), pairs, np.array([[0.42], [0.2], [0.3], [0.9], [0.65]]))
     found = sharpest(a, b, prompts)
     assert [s.asked for s in found] == [
         "request 1",
@@ -231,7 +229,7 @@ def test_a_shared_question_is_asked_once_behind_the_same_examples_whoever_is_fir
     asked = []
     for one, other in ((a, b), (b, a)):
         lm = ScriptedLM(logprobs=judge())
-        d = compare_on_pairs(lm, one, other, PAIRS, PROMPTS, few_shot=FEW_SHOT)
+        d = compare_on_pairs(lm, one, other, PAIRS, PROMPTS, few_shot=COMPARISON_EXAMPLES)
         asked.append(lm.scored)
         assert len(lm.scored[0]) == 7 * 3 * 2
     assert asked[0] == asked[1]

@@ -1,4 +1,4 @@
-"""Elo: known strengths come back, the library agrees, intervals hold what they promise, and few votes claim nothing they cannot know."""
+"""Elo: known strengths come back, the library agrees, intervals hold what they promise, few votes claim little."""
 import math
 import random
 import subprocess
@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from cai_nb.measure import elo
 from cai_nb.core.errors import CaiError
+from cai_nb.measure import elo
 from cai_nb.measure.elo import (
     CHOICES,
     ELO,
@@ -386,27 +386,23 @@ def test_figure_shows_every_model_inside_its_axes(rows):
 
 
 def test_one_sided_young_arenas_get_their_scores():
-    """Where the slope is as level as rounding lets it be, the search is at its end, however long its steps still are."""
+    """Where the slope is as level as rounding lets it be, the search ends, however long its steps still are."""
     votes = [{"a": "sl", "b": "rl", "p_a": 1.0, "prompt_id": str(i)} for i in range(20)]
     found = {row["model"]: row for row in elo_table(votes, "sl", ["base", "sl", "rl"])}
     assert found["rl"]["elo"] < -400 and found["rl"]["low"] is None and found["base"]["elo"] is None
     for seed in range(60):  # a few votes between six models, most of them one-sided
         rng = random.Random(seed)
         drawn = [rng.sample("abcdef", 2) for _ in range(rng.randint(2, 9))]
-        rows = elo_table(
-            [
-                {"a": a, "b": b, "p_a": rng.choice((1.0, 1.0, 0.0, 0.5)), "prompt_id": str(i)}
-                for i, (a, b) in enumerate(drawn)
-            ],
-            models=list("abcdef"),
-            n_resamples=200,
-        )
+        votes = [{"a": a, "b": b, "p_a": rng.choice((1.0, 1.0, 0.0, 0.5)), "prompt_id": str(i)}
+                 for i, (a, b) in enumerate(drawn)]
+        rows = elo_table(votes, models=list("abcdef"), n_resamples=200)
         assert all(row["elo"] is None or abs(row["elo"]) < 4000 for row in rows)
 
 
 def test_works_without_the_extra_and_without_matplotlib():
     code = (
-        "import sys; sys.modules['evalica'] = None; sys.modules['matplotlib'] = None; from cai_nb.measure.elo import elo_table, show_elo; "
+        "import sys; sys.modules['evalica'] = None; sys.modules['matplotlib'] = None; "
+        "from cai_nb.measure.elo import elo_table, show_elo; "
         "print(show_elo(elo_table([{'a': 'x', 'b': 'y', 'p_a': 1}])))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
