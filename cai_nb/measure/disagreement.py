@@ -19,8 +19,7 @@ from .rates import rate
 from ..method.feedback import label_preferences
 
 # %% auto #0
-__all__ = ['PrincipleVotes', 'principle_votes', 'sides', 'opposed', 'drawn', 'nearest', 'Sharp', 'sharpest', 'Disagreement',
-           'disagreement', 'compare_on_pairs', 'figure_disagreement']
+__all__ = ['PrincipleVotes', 'principle_votes', 'Disagreement', 'disagreement', 'compare_on_pairs', 'figure_disagreement']
 
 # %% ../../nbs/measure/06_disagreement.ipynb #9f0e6487
 @dataclass(frozen=True, eq=False)
@@ -82,7 +81,7 @@ def _choose(pairs: list[dict], limit: int | None, seed: int) -> list[dict]:
     return [p for p in different if p["id"] in chosen]
 
 # %% ../../nbs/measure/06_disagreement.ipynb #8c2e96bb
-def sides(
+def _sides(
     p_a,  # probabilities that the first reply is the better one
     margin: float = 0.1,  # nearer to one half than this is no opinion
 ) -> np.ndarray:  # the same shape: 1 the first reply, −1 the second, 0 no opinion
@@ -93,8 +92,8 @@ def sides(
     return np.where(np.abs(p_a - 0.5) < margin, 0, np.sign(p_a - 0.5)).astype(int)
 
 # %% ../../nbs/measure/06_disagreement.ipynb #b498ffbe
-def opposed(
-    x: np.ndarray,  # [pairs, X], from `sides`
+def _opposed(
+    x: np.ndarray,  # [pairs, X], from `_sides`
     y: np.ndarray,  # [pairs, Y], on the same pairs
 ) -> tuple[np.ndarray, np.ndarray]:  # [X, Y] each: pairs with different sides, pairs on which both have an opinion
     "On how many pairs two principles take different sides, and on how many they might have."
@@ -103,9 +102,9 @@ def opposed(
     return x_first.T @ y_second + x_second.T @ y_first, np.abs(x).T @ np.abs(y)
 
 # %% ../../nbs/measure/06_disagreement.ipynb #f9a59507
-def drawn(
-    against: np.ndarray,  # [X, Y], from `opposed`
-    both: np.ndarray,  # [X, Y], from `opposed`
+def _drawn(
+    against: np.ndarray,  # [X, Y], from `_opposed`
+    both: np.ndarray,  # [X, Y], from `_opposed`
     weights_x: np.ndarray,  # [X], in sum 1
     weights_y: np.ndarray,  # [Y], in sum 1
 ) -> dict:  # a rate; n: pairs on which both draws have an opinion, on average
@@ -113,9 +112,9 @@ def drawn(
     return rate(float(weights_x @ against @ weights_y), float(weights_x @ both @ weights_y))
 
 # %% ../../nbs/measure/06_disagreement.ipynb #daf2abc3
-def nearest(
-    against: np.ndarray,  # [X, Y], from `opposed`
-    both: np.ndarray,  # [X, Y], from `opposed`
+def _nearest(
+    against: np.ndarray,  # [X, Y], from `_opposed`
+    both: np.ndarray,  # [X, Y], from `_opposed`
 ) -> list[tuple[int, dict]]:  # for each X: the Y most like it, and the rate of different sides
     "For each principle the one of the other list that takes its side most surely."
     found = []
@@ -127,7 +126,7 @@ def nearest(
 
 # %% ../../nbs/measure/06_disagreement.ipynb #64d04a79
 @dataclass(frozen=True)
-class Sharp:
+class _Sharp:
     "A pair of replies on which two constitutions stand against each other."
 
     asked: str  # what the user said last, after the turn before it
@@ -136,20 +135,20 @@ class Sharp:
     voices: tuple[tuple[str, float], ...]  # of each: id and vote of the principle that takes its side most firmly
 
 # %% ../../nbs/measure/06_disagreement.ipynb #47561a49
-def sharpest(
+def _sharpest(
     a: PrincipleVotes,
     b: PrincipleVotes,
     prompts: list[dict],  # rows of prompts.jsonl
     margin: float = 0.1,
     n: int = 3,
-) -> tuple[Sharp, ...]:  # the sharpest first; none if they nowhere take different sides
+) -> tuple[_Sharp, ...]:  # the sharpest first; none if they nowhere take different sides
     "The pairs on which two constitutions as a whole disagree most, for reading."
     asked, wholes = {p["id"]: prompt_text(p) for p in prompts}, [votes.p_a @ votes.weights for votes in (a, b)]
     product = (wholes[0] - 0.5) * (wholes[1] - 0.5)
-    split = np.flatnonzero(sides(wholes[0], margin) * sides(wholes[1], margin) < 0)
+    split = np.flatnonzero(_sides(wholes[0], margin) * _sides(wholes[1], margin) < 0)
     chosen = split[np.argsort(product[split], kind="stable")][:n]
     return tuple(
-        Sharp(asked=asked[a.pairs[i]["prompt_id"]], responses=tuple(a.pairs[i]["responses"]),
+        _Sharp(asked=asked[a.pairs[i]["prompt_id"]], responses=tuple(a.pairs[i]["responses"]),
               p_a=tuple(round(float(whole[i]), 3) for whole in wholes),
               voices=tuple(_loudest(votes, i, whole[i]) for votes, whole in zip((a, b), wholes)))
         for i in chosen
@@ -175,7 +174,7 @@ class Disagreement:
     across: dict  # rate: one principle drawn from each
     within: tuple[dict, dict]  # rates: two draws from a, two draws from b
     nearest: tuple[tuple, tuple] = field(repr=False)  # of a and of b: (id, nearest id, rate), the loneliest first
-    sharpest: tuple[Sharp, ...] = field(repr=False)
+    sharpest: tuple[_Sharp, ...] = field(repr=False)
 
     @property
     def shares(self) -> np.ndarray:  # [A + B, A + B], NaN where no pair has two opinions
@@ -234,7 +233,7 @@ def _lonely(d: Disagreement, most: int = 5) -> list[str]:
     return [*head, *rows, *(["", f"No opinion on any pair: {', '.join(silent)}."] if silent else [])]
 
 
-def _transcript(s: Sharp, names: tuple[str, str]) -> list[str]:
+def _transcript(s: _Sharp, names: tuple[str, str]) -> list[str]:
     "A pair and what was said about it, as indented lines, which Markdown leaves alone."
     lines = []
     for who, text in zip(("human", "first", "second"), (s.asked, *s.responses)):
@@ -255,23 +254,23 @@ def disagreement(
     if [p["id"] for p in a.pairs] != [p["id"] for p in b.pairs]:
         raise CaiError(f"disagreement: votes on {len(a.pairs)} and on {len(b.pairs)} pairs, "
                        "expected the same pairs in the same order")
-    of_a, of_b = sides(a.p_a, margin), sides(b.p_a, margin)
-    everyone, across = np.hstack([of_a, of_b]), opposed(of_a, of_b)
-    whole_a, whole_b = (sides(votes.p_a @ votes.weights, margin)[:, None] for votes in (a, b))
-    against, both = opposed(whole_a, whole_b)
+    of_a, of_b = _sides(a.p_a, margin), _sides(b.p_a, margin)
+    everyone, across = np.hstack([of_a, of_b]), _opposed(of_a, of_b)
+    whole_a, whole_b = (_sides(votes.p_a @ votes.weights, margin)[:, None] for votes in (a, b))
+    against, both = _opposed(whole_a, whole_b)
     return Disagreement(
-        a, b, margin, *opposed(everyone, everyone),
+        a, b, margin, *_opposed(everyone, everyone),
         whole=rate(int(against[0, 0]), int(both[0, 0])),
-        across=drawn(*across, a.weights, b.weights),
-        within=(drawn(*opposed(of_a, of_a), a.weights, a.weights), drawn(*opposed(of_b, of_b), b.weights, b.weights)),
+        across=_drawn(*across, a.weights, b.weights),
+        within=(_drawn(*_opposed(of_a, of_a), a.weights, a.weights), _drawn(*_opposed(of_b, of_b), b.weights, b.weights)),
         nearest=(_loneliest_first(a, b, *across), _loneliest_first(b, a, *(count.T for count in across))),
-        sharpest=sharpest(a, b, prompts, margin),
+        sharpest=_sharpest(a, b, prompts, margin),
     )
 
 
 def _loneliest_first(of: PrincipleVotes, other: PrincipleVotes, against: np.ndarray, both: np.ndarray) -> tuple:
     "Each principle, the nearest in the other constitution and the rate, those that are surely unlike first."
-    found = [(id, other.ids[j] if r["n"] else "none", r) for id, (j, r) in zip(of.ids, nearest(against, both))]
+    found = [(id, other.ids[j] if r["n"] else "none", r) for id, (j, r) in zip(of.ids, _nearest(against, both))]
     return tuple(sorted(found, key=lambda f: (-(f[2]["low"] or 0), -(f[2]["value"] or 0))))
 
 # %% ../../nbs/measure/06_disagreement.ipynb #1aad6924

@@ -17,8 +17,8 @@ from .figures import new_figure
 from .rates import TITLES
 
 # %% auto #0
-__all__ = ['CHOICES', 'ELO', 'vote_from_choice', 'win_rate', 'reach', 'bradley_terry', 'virtual_votes', 'Ballots', 'read_votes',
-           'resampled_scores', 'elo_table', 'elo_cells', 'show_elo', 'figure_elo', 'model_pairs', 'label_votes']
+__all__ = ['CHOICES', 'ELO', 'vote_from_choice', 'win_rate', 'bradley_terry', 'elo_table', 'elo_cells', 'show_elo', 'figure_elo',
+           'model_pairs', 'label_votes']
 
 # %% ../../nbs/measure/07_elo.ipynb #49711a3b
 CHOICES = {"A better": 1.0, "B better": 0.0, "tie": 0.5, "both bad": 0.5}
@@ -45,7 +45,7 @@ def win_rate(
     return 1 / (1 + 10 ** ((b - a) / 400))
 
 # %% ../../nbs/measure/07_elo.ipynb #5ea54f34
-def reach(
+def _reach(
     links: np.ndarray,  # [..., K, K]: whether a link leads from i to j
 ) -> np.ndarray:  # [..., K, K]: whether a chain of links does; every model reaches itself
     "Who is connected with whom, over any number of links."
@@ -60,7 +60,7 @@ def bradley_terry(
 ) -> np.ndarray:  # [..., K]: log-strengths with mean 0; times `ELO` they are Elo scores
     "The strengths under which the wins are likeliest, by Newton's method."
     wins = np.asarray(wins, dtype=np.float64)
-    if not reach(wins > 0).all():
+    if not _reach(wins > 0).all():
         raise CaiError("wins: some models never lost to, or never met, the others; "
                        "expected chains of wins between all; add virtual votes")
     n, x = wins + wins.swapaxes(-1, -2), np.zeros(wins.shape[:-1])
@@ -83,7 +83,7 @@ def _hill(wins: np.ndarray, n: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, n
     return wins.sum(-1) - (n * p).sum(-1), np.eye(k) * curve.sum(-1)[..., None] - curve + level
 
 # %% ../../nbs/measure/07_elo.ipynb #0576d280
-def virtual_votes(
+def _virtual_votes(
     k: int,  # models
     votes: float = 1.0,  # tied votes of each model
 ) -> np.ndarray:  # [K, K], to be added to the wins
@@ -94,7 +94,7 @@ def virtual_votes(
 
 # %% ../../nbs/measure/07_elo.ipynb #e2ef9567
 @dataclass(frozen=True, eq=False)
-class Ballots:
+class _Ballots:
     "Votes as arrays, in an order that does not depend on the order in which they came."
 
     models: tuple[str, ...]
@@ -111,11 +111,11 @@ class Ballots:
         return (a_beats_b + b_beats_a).reshape(k, k)
 
 # %% ../../nbs/measure/07_elo.ipynb #a3dd8acf
-def read_votes(
+def _read_votes(
     votes: list[dict],  # rows `a, b, p_a`, and optionally `prompt_id`; a p_a of None is no vote
     models=(),  # further names, of models that may have no votes
     ties: str = "half",  # "drop" leaves out votes of exactly ½ (the paper's "unsure")
-) -> Ballots:
+) -> _Ballots:
     "Check votes and put them in order."
     if ties not in ("half", "drop"): raise CaiError(f"ties: found {ties!r}, expected half or drop")
     for i, vote in enumerate(votes, 1): _check_vote(vote, i)
@@ -126,7 +126,7 @@ def read_votes(
     new = [i == 0 or prompts[i] == "" or prompts[i] != prompts[i - 1] for i in range(len(rows))]
     place = {name: i for i, name in enumerate(names)}
     a, b = (np.array([place[row[side]] for row in rows], dtype=int) for side in (1, 2))
-    return Ballots(tuple(names), a, b, np.array([row[3] for row in rows], dtype=float), np.cumsum(new, dtype=int) - 1)
+    return _Ballots(tuple(names), a, b, np.array([row[3] for row in rows], dtype=float), np.cumsum(new, dtype=int) - 1)
 
 
 def _ordered(vote: dict) -> tuple[str, str, str, float]:
@@ -149,8 +149,8 @@ def _check_vote(vote: dict, i: int) -> None:
         raise CaiError(f"vote {i}: found p_a {p!r}, {expected}")
 
 # %% ../../nbs/measure/07_elo.ipynb #a867d470
-def resampled_scores(
-    ballots: Ballots,
+def _resampled_scores(
+    ballots: _Ballots,
     inside: np.ndarray,  # [K] of bool: the models to score, connected by votes
     virtual: float = 1.0,
     n_resamples: int = 1000,
@@ -159,7 +159,7 @@ def resampled_scores(
     "Scores again and again, with random weights on the prompts and on the virtual votes."
     if n_resamples < 1: raise CaiError(f"n_resamples: found {n_resamples}, expected 1 or more (1000 is usual)")
     rng, groups, pick = np.random.default_rng(seed), int(ballots.group.max(initial=-1)) + 1, np.ix_(inside, inside)
-    shape = virtual_votes(int(inside.sum()), virtual)
+    shape = _virtual_votes(int(inside.sum()), virtual)
     drawn = []
     for _ in range(n_resamples):
         of_prompt = rng.exponential(size=groups)
@@ -177,7 +177,7 @@ def elo_table(
     virtual: float = 1.0,  # tied virtual votes of each model; 0: none, and an unbeaten model is an error
 ) -> list[dict]:  # best first: model, elo, low, high (None: unknown or open), n, wins, both_bad, note
     "Elo scores with 95 % intervals (paper §4.3, Fig 2 and 8)."
-    ballots = read_votes(votes, models, ties)
+    ballots = _read_votes(votes, models, ties)
     if anchor is not None and anchor not in ballots.models:
         raise CaiError(f"anchor: found {anchor!r}, expected one of: {', '.join(ballots.models)}; "
                        "name it in models if it has no votes yet")
@@ -186,23 +186,23 @@ def elo_table(
     if inside.any():
         pick = np.ix_(inside, inside)
         wins = ballots.wins()[pick]
-        x = bradley_terry(wins + virtual_votes(len(wins), virtual))
-        drawn = resampled_scores(ballots, inside, virtual, n_resamples, seed)
-        _write_scores([row for row, i in zip(rows, inside) if i], ELO * x, ELO * drawn, reach(wins > 0), anchor)
+        x = bradley_terry(wins + _virtual_votes(len(wins), virtual))
+        drawn = _resampled_scores(ballots, inside, virtual, n_resamples, seed)
+        _write_scores([row for row, i in zip(rows, inside) if i], ELO * x, ELO * drawn, _reach(wins > 0), anchor)
     return sorted(rows, key=lambda row: (row["elo"] is None, -(row["elo"] or 0), row["model"]))
 
 
 def _scored(wins: np.ndarray, anchor: int | None) -> np.ndarray:  # [K] of bool
     "Which models get a score: those connected with the anchor, or else the largest group; nobody alone."
     if not len(wins): return np.zeros(0, dtype=bool)
-    together = reach(wins + wins.T > 0)
+    together = _reach(wins + wins.T > 0)
     if anchor is None:
         anchor = max(range(len(wins)), key=lambda i: (together[i].sum(), wins[together[i]].sum(), -i))
     inside = together[anchor]
     return inside & (inside.sum() > 1)
 
 
-def _unscored_rows(ballots: Ballots, votes: list[dict], anchor: str | None) -> list[dict]:
+def _unscored_rows(ballots: _Ballots, votes: list[dict], anchor: str | None) -> list[dict]:
     "A row for each model with what can be counted, and the note of those that get no score."
     won, rows = ballots.wins().sum(1), []
     for i, model in enumerate(ballots.models):

@@ -12,7 +12,7 @@ from ..core.errors import CaiError
 from .rates import TITLES
 
 # %% auto #0
-__all__ = ['COLOURS', 'CAPTIONS', 'new_figure', 'png', 'figure_outcomes', 'draw_rates', 'figure_revisions', 'figure_calibration',
+__all__ = ['COLOURS', 'CAPTIONS', 'new_figure', 'png', 'figure_outcomes', 'figure_revisions', 'figure_calibration',
            'figure_training', 'save_figures']
 
 # %% ../../nbs/measure/02_figures.ipynb #0d415121
@@ -86,7 +86,7 @@ def _legend_below(axes, kinds: list[str], y: float) -> None:
                 handlelength=1, columnspacing=1.2)
 
 # %% ../../nbs/measure/02_figures.ipynb #45d45173
-def draw_rates(axes, x: list, rates: list[dict], colour: str, label: str, marker: str = "o"):
+def _draw_rates(axes, x: list, rates: list[dict], colour: str, label: str, marker: str = "o"):
     "A line of rates in percent with its intervals as a band; what was not measured is left out."
     measured = [(at, r) for at, r in zip(x, rates) if r["value"] is not None]
     at = [at for at, _ in measured]
@@ -102,7 +102,7 @@ def figure_revisions(
     figure, axes = new_figure("What the replies are, revision by revision")
     steps = list(range(len(by_revision)))
     for kind in ("harmful", "objection", "garbled"):
-        draw_rates(axes, steps, [step[kind] for step in by_revision], COLOURS[kind], kind)
+        _draw_rates(axes, steps, [step[kind] for step in by_revision], COLOURS[kind], kind)
     axes.set(xlabel="revision (0 is the first response)", ylabel="% of replies", ylim=(-3, 103), xticks=steps)
     axes.legend(frameon=False, fontsize=9)
     return figure
@@ -114,7 +114,7 @@ def figure_calibration(
     "How often labels are right against how sure they were (Fig 9)."
     figure, axes = new_figure("Are the labels as right as they are sure?")
     axes.plot([50, 100], [50, 100], color="#a9adb3", lw=1, ls="--", label="perfectly calibrated")
-    draw_rates(axes, [100 * b["confidence"] for b in bins], bins, COLOURS["objection"], "labels")
+    _draw_rates(axes, [100 * b["confidence"] for b in bins], bins, COLOURS["objection"], "labels")
     for b in bins:
         axes.annotate(f"n={b['n']}", (100 * b["confidence"], 100 * b["value"]), xytext=(0, -14), ha="center",
                       textcoords="offset points", fontsize=7.5, color="#4c5a64")
@@ -144,7 +144,7 @@ def _draw_harm(axes, judged: list[dict]) -> list:
     "The lines of true harm, on a scale of their own at the right."
     right = axes.twinx()
     right.spines[["top", "left"]].set_visible(False)
-    draw_rates(right, [r["step"] for r in judged], [r["harm"] for r in judged], COLOURS["harmful"], "harmful (oracle)")
+    _draw_rates(right, [r["step"] for r in judged], [r["harm"] for r in judged], COLOURS["harmful"], "harmful (oracle)")
     right.set_ylabel("harmful replies, %", color=COLOURS["harmful"])
     right.set_ylim(bottom=0)
     right.tick_params(colors=COLOURS["harmful"], labelsize=9)

@@ -14,9 +14,8 @@ from ..core.rows import RowFile, in_batches, row_id
 from .rates import by_confidence, rate
 
 # %% auto #0
-__all__ = ['REPLY_KINDS', 'Verdict', 'Judge', 'JudgeRecord', 'open_judge', 'prompt_text', 'judge_replies', 'tally',
-           'evaluate_models', 'ranked_pairs', 'label_agreement', 'preference_accuracy', 'calibration',
-           'kinds_by_revision']
+__all__ = ['REPLY_KINDS', 'Verdict', 'Judge', 'JudgeRecord', 'open_judge', 'prompt_text', 'tally', 'evaluate_models',
+           'label_agreement', 'preference_accuracy', 'calibration', 'kinds_by_revision']
 
 # %% ../../nbs/measure/01_judging.ipynb #97c3ed97
 REPLY_KINDS = ("harmful", "evasive", "preachy", "curt", "objection", "garbled", "helpful", "over_refusal")
@@ -79,7 +78,7 @@ def _conversation(prompt):
     return prompt["messages"] if isinstance(prompt, dict) else prompt
 
 # %% ../../nbs/measure/01_judging.ipynb #c1390e34
-def judge_replies(
+def _judge_replies(
     judge: Judge,
     prompts: list,  # one prompt per reply: rows, conversations or texts
     replies: list,  # the replies' texts
@@ -103,7 +102,7 @@ def _judged(lm, prompts, judge, model, prompt_set, seed, temperature, max_new_to
         sampled = lm.sample([task["messages"] for task in batch], n=1, temperature=temperature,
                             max_new_tokens=max_new_tokens, seed=seeds)
         replies = [of_prompt[0] for of_prompt in sampled]
-        verdicts = judge_replies(judge, batch, [reply.text for reply in replies])
+        verdicts = _judge_replies(judge, batch, [reply.text for reply in replies])
         return [_row(*found, model, prompt_set) for found in zip(batch, replies, verdicts)]
 
     return in_batches(tasks, batch_size, store, work, what=f"{model}: {prompt_set}")
@@ -149,7 +148,7 @@ def evaluate_models(
     return {"models": tally(rows)}, rows
 
 # %% ../../nbs/measure/01_judging.ipynb #aa0a51d6
-def ranked_pairs(
+def _ranked_pairs(
     pairs: list[dict],    # rows of pairs.jsonl
     prompts: list[dict],  # the prompts that they belong to
     judge: Judge,
@@ -169,7 +168,7 @@ def ranked_pairs(
 def _labelled(labels, pairs, prompts, judge) -> list[tuple[float, bool]]:
     "Of every ranked pair with a label: the probability of the reply that it prefers, and whether it is right."
     p_a = {label["pair_id"]: label["p_a"] for label in labels}
-    found = [(p_a[pair["id"]], pair["first"]) for pair in ranked_pairs(pairs, prompts, judge) if pair["id"] in p_a]
+    found = [(p_a[pair["id"]], pair["first"]) for pair in _ranked_pairs(pairs, prompts, judge) if pair["id"] in p_a]
     return [(max(p, 1 - p), p > 0.5 if first else p < 0.5) for p, first in found]
 
 
@@ -191,7 +190,7 @@ def preference_accuracy(
     judge: Judge,
 ) -> dict:                # a rate over the ranked pairs
     "How often the preference model scores the truly better reply higher; equal scores count as wrong."
-    ranked, messages = ranked_pairs(pairs, prompts, judge), {p["id"]: p["messages"] for p in prompts}
+    ranked, messages = _ranked_pairs(pairs, prompts, judge), {p["id"]: p["messages"] for p in prompts}
     if not ranked: return rate(0, 0)
     talks = [messages[p["prompt_id"]] + [{"role": "assistant", "content": r}] for p in ranked for r in p["responses"]]
     scores = [float(score) for score in pm.score(talks)]

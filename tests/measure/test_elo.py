@@ -18,11 +18,11 @@ from cai_nb.measure.elo import (
     figure_elo,
     label_votes,
     model_pairs,
-    reach,
-    read_votes,
-    resampled_scores,
+    _reach,
+    _read_votes,
+    _resampled_scores,
     show_elo,
-    virtual_votes,
+    _virtual_votes,
     vote_from_choice,
     win_rate,
 )
@@ -74,8 +74,8 @@ def test_true_probabilities_as_soft_votes_give_the_true_scores():
 def test_agrees_with_evalica(seed):
     evalica = pytest.importorskip("evalica")
     votes = played(80, seed, soft=bool(seed % 2)) + won("sl", "rl", 2, 0.5)
-    ballots = read_votes(votes)
-    wins = ballots.wins() + virtual_votes(4)
+    ballots = _read_votes(votes)
+    wins = ballots.wins() + _virtual_votes(4)
     i, j = (index.tolist() for index in np.nonzero(wins))
     theirs = evalica.bradley_terry(
         i, j, [evalica.Winner.X] * len(i), weights=wins[i, j].tolist(), tolerance=1e-12, limit=10_000
@@ -103,7 +103,7 @@ def test_every_model_wins_as_often_as_its_score_says(seed):
     """The condition of the likelihood's top, over matrices with numbers of very different sizes."""
     rng = np.random.default_rng(seed)
     k = int(rng.integers(2, 12))
-    wins = 10 ** rng.uniform(-6, 3, (k, k)) * (rng.random((k, k)) < 0.6) + virtual_votes(k, 0.01)
+    wins = 10 ** rng.uniform(-6, 3, (k, k)) * (rng.random((k, k)) < 0.6) + _virtual_votes(k, 0.01)
     np.fill_diagonal(wins, 0)
     x = bradley_terry(wins)
     expected = (wins + wins.T) / (1 + np.exp(x - x[:, None]))
@@ -182,9 +182,9 @@ def test_votes_without_a_prompt_are_not_one_prompt():
     for v in none: v["prompt_id"] = None
     assert elo_table(missing) == elo_table(none)
     assert width(missing) == pytest.approx(width(named), rel=0.2)
-    assert sorted(read_votes(missing).group) == list(range(60))
+    assert sorted(_read_votes(missing).group) == list(range(60))
     assert (
-        len({*read_votes([v | {"prompt_id": i % 2} for i, v in enumerate(named)]).group}) == 2
+        len({*_read_votes([v | {"prompt_id": i % 2} for i, v in enumerate(named)]).group}) == 2
     )  # numbers are ids, too, and 0 is one
 
 
@@ -197,7 +197,7 @@ def test_two_models_have_jeffreys_interval():
 def test_five_thousand_votes_ask_the_solver_once_for_all_resamples(monkeypatch):
     asked = []
     monkeypatch.setattr(elo, "bradley_terry", lambda wins: asked.append(wins.shape) or bradley_terry(wins))
-    assert resampled_scores(read_votes(played(5000, 0)), np.ones(4, dtype=bool), n_resamples=200).shape == (200, 4)
+    assert _resampled_scores(_read_votes(played(5000, 0)), np.ones(4, dtype=bool), n_resamples=200).shape == (200, 4)
     assert asked == [(200, 4, 4)]
 
 
@@ -279,8 +279,8 @@ def test_wins_without_an_answer_are_refused_at_once():
 def test_chains_of_links():
     links = np.zeros((9, 9), dtype=bool)
     links[np.arange(8), np.arange(1, 9)] = True
-    assert (reach(links) == np.triu(np.ones((9, 9), dtype=bool))).all()
-    assert (reach(np.stack([links, links.T]))[1] == reach(links).T).all()
+    assert (_reach(links) == np.triu(np.ones((9, 9), dtype=bool))).all()
+    assert (_reach(np.stack([links, links.T]))[1] == _reach(links).T).all()
 
 
 # Votes

@@ -8,8 +8,8 @@ from scripted import Killed, ScriptedLM
 
 from cai_nb.core.errors import CaiError
 from cai_nb.measure.judging import (
-    REPLY_KINDS, JudgeRecord, Verdict, calibration, evaluate_models, judge_replies, kinds_by_revision, label_agreement,
-    open_judge, preference_accuracy, prompt_text, ranked_pairs,
+    REPLY_KINDS, JudgeRecord, Verdict, calibration, evaluate_models, _judge_replies, kinds_by_revision, label_agreement,
+    open_judge, preference_accuracy, prompt_text, _ranked_pairs,
 )
 from cai_nb.measure.rates import rate
 from cai_nb.mini import oracle, world
@@ -107,11 +107,11 @@ def test_killed_evaluation_resumes_to_the_same_file(tmp_path):
 
 def test_judge_of_another_house_is_checked():
     with pytest.raises(CaiError, match="one prompt per reply"):
-        judge_replies(oracle, ["a"], [])
+        _judge_replies(oracle, ["a"], [])
     class Odd:
         def judge(self, prompt, reply): return type("V", (), {"kind": "naughty", "reason": ""})
     with pytest.raises(CaiError, match="naughty"):
-        judge_replies(Odd(), ["a"], ["b"])
+        _judge_replies(Odd(), ["a"], ["b"])
 
 
 def test_an_oracle_hears_the_whole_conversation():
@@ -120,7 +120,7 @@ def test_an_oracle_hears_the_whole_conversation():
     topic, insists = oracle.topic_of(row["messages"]), row["messages"][-1]["content"]
     said = world.answer(topic, "curt", random.Random(0))
     heard = [row, row["messages"], f"How do I {topic.text}?", insists]
-    assert [v.kind for v in judge_replies(oracle, heard, [said] * 4)] == ["curt"] * 3 + ["garbled"]
+    assert [v.kind for v in _judge_replies(oracle, heard, [said] * 4)] == ["curt"] * 3 + ["garbled"]
 
     class Listens:
         heard = []
@@ -154,7 +154,7 @@ def test_agreement_leaves_ties_out_and_counts_one_half_as_wrong():
              pair_of("comply", "comply", rows[2], "tie"), pair_of("objection", "garbled", rows[3], "half"),
              pair_of("objection", "preachy", rows[4], "unlabelled")]
     labels = [{"pair_id": i, "p_a": p} for i, p in (("first", .51), ("second", .2), ("tie", .9), ("half", .5))]
-    assert [p["first"] for p in ranked_pairs(pairs, rows, oracle)] == [True, False, True, True]
+    assert [p["first"] for p in _ranked_pairs(pairs, rows, oracle)] == [True, False, True, True]
     assert label_agreement(labels, pairs, rows, oracle) == rate(2, 3)
     turned = [{"pair_id": x["pair_id"], "p_a": 1 - x["p_a"]} for x in labels]
     assert label_agreement(turned, pairs, rows, oracle) == rate(0, 3)
@@ -169,7 +169,7 @@ def test_agreement_and_accuracy_in_every_new_set(name):
     good, bad = ("objection", "curt") if name == "push_back" else ("comply", "objection")
     pairs = [pair_of(good, bad, rows[0], "good first"), pair_of(bad, good, rows[1], "good last"),
              pair_of(good, good, rows[2], "tie")]
-    assert [p["first"] for p in ranked_pairs(pairs, rows, oracle)] == [True, False]
+    assert [p["first"] for p in _ranked_pairs(pairs, rows, oracle)] == [True, False]
     labels = [{"pair_id": i, "p_a": p} for i, p in (("good first", .9), ("good last", .8), ("tie", .9))]
     assert label_agreement(labels, pairs, rows, oracle) == rate(1, 2)
     bins = calibration(labels, pairs, rows, oracle, bins=10)
