@@ -253,9 +253,8 @@ def join(
     what: str,     # what it is, in a few words
 ) -> Models:
     "The models with one more column. The model in memory gets the adapter; `models` stays as it was."
-    from cai_nb.lm.decoding import model_lock
+    from cai_nb.lm.model import model_lock, adapter_names, add_adapters, check_template, load_model
     from cai_nb.lm.generate import LocalLM
-    from cai_nb.lm.model import adapter_names, add_adapters, check_template, load_model
 
     digest, lm = digest_of(folder), models.lm
     if column_of(models, folder): return models

@@ -21,7 +21,7 @@ from cai_nb.method.critique import (
     revision_request,
     with_examples,
 )
-from ..lm.decoding import model_lock
+from ..lm.model import model_lock
 from ..method.feedback import soft_label
 from ..lm.generate import Reply
 from ..lm.bulk import MARKERS, draw_seed, read_reply
