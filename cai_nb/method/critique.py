@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CRITIQUE_LAYOUTS', 'CRITIQUE_EXAMPLES', 'META_TALK', 'critique_request', 'revision_request', 'CritiqueExample',
-           'few_shot_messages', 'with_examples', 'draw_principles', 'is_meta_talk', 'chain_steps', 'critique_revise',
-           'revisions', 'chain_markdown']
+           'few_shot_messages', 'with_examples', 'draw_principles', 'is_meta_talk', 'Ask', 'chain_steps',
+           'critique_revise', 'revisions', 'chain_markdown']
 
 # %% ../../nbs/method/01_critique.ipynb #a05f94cd
 import random
@@ -191,29 +191,49 @@ def is_meta_talk(
     return META_TALK.search(text) is not None
 
 # %% ../../nbs/method/01_critique.ipynb #4765e70f
+@dataclass(frozen=True)
+class Ask:
+    "What a chain wants to be asked next."
+    conversation: list  # the model's next words are the answer
+    seed: int  # of this draw
+    step: int  # 0 for the response, then 1, 2, …
+    part: str  # "response", "critique" or "revision"
+    place: dict  # where the answer will stand, under `part`: the row for the response, else its newest step
+    principle: object = None  # of this step; None for the response
+
+# %% ../../nbs/method/01_critique.ipynb #0e1f275c
 def chain_steps(
-    row: dict,  # of chains.jsonl, with its response; its steps and flags are added here
-    prompt: dict,  # its row of prompts.jsonl
-    principles: list,  # one for each step
-    seed: int,
-    critiques: bool = True,
+    row: dict,  # of chains.jsonl: `response` (None: not there yet), `steps` (complete ones), `flags`; filled in here
+    prompt: dict,  # its row of prompts.jsonl: `id`, `messages`
+    principles: list,  # one for each step; those of steps that `row` has are not looked at
+    seed: int,  # of the run
+    critiques: bool = True,  # False: direct revisions (paper §3.5)
     examples: list = (),  # messages of `few_shot_messages`
-    layout: str = "chat",
+    layout: str = "chat",  # as in `critique_request`
     flag=None,  # as in `critique_revise`
-):  # a script for `converse`; returns the row
-    "The critiques and revisions of one chain: yields what the model is to be asked, and is sent what it said."
-    text = row["response"]
-    for step, principle in enumerate(principles, 1):
-        now, critique, c_flags = [*prompt["messages"], {"role": "assistant", "content": text}], None, []
+):  # a generator: yields an `Ask`, is sent its answer as (text, flags), and returns `row`
+    "One chain from where `row` stands to its last principle; `row` holds at any moment what was said so far (paper §3.1)."
+    id, messages = prompt["id"], prompt["messages"]
+    if row["response"] is None:
+        text, flags = yield Ask(messages, draw_seed(seed, id, 0, "response"), 0, "response", row)
+        row["response"] = text
+        row["flags"] += [f"step0:{f}" for f in [*flags, *extra_flags(flag, prompt, text)]]
+    for n, principle in list(enumerate(principles, 1))[len(row["steps"]):]:
+        text = row["steps"][-1]["revision"] if row["steps"] else row["response"]
+        now = [*messages, {"role": "assistant", "content": text}]
+        step = {"principle_id": principle.id, "critique": "" if critiques else None, "revision": ""}
+        row["steps"].append(step)
         if critiques:
             asked = with_examples(examples, critique_request(now, principle, layout))
-            critique, c_flags = yield asked, draw_seed(seed, prompt["id"], step, "critique")
-        asked = with_examples(examples, revision_request(now, principle, critique, layout))
-        text, flags = yield asked, draw_seed(seed, prompt["id"], step, "revision")
-        row["steps"].append({"principle_id": principle.id, "critique": critique, "revision": text})
+            step["critique"], flags = yield Ask(
+                asked, draw_seed(seed, id, n, "critique"), n, "critique", step, principle
+            )
+            row["flags"] += [f"critique{n}:{f}" for f in flags]
+        asked = with_examples(examples, revision_request(now, principle, step["critique"], layout))
+        text, flags = yield Ask(asked, draw_seed(seed, id, n, "revision"), n, "revision", step, principle)
+        step["revision"] = text
         talk = ["meta_talk"] if is_meta_talk(text) else []
-        row["flags"] += [f"critique{step}:{f}" for f in c_flags]
-        row["flags"] += [f"step{step}:{f}" for f in [*flags, *talk, *extra_flags(flag, prompt, text)]]
+        row["flags"] += [f"step{n}:{f}" for f in [*flags, *talk, *extra_flags(flag, prompt, text)]]
     return row
 
 # %% ../../nbs/method/01_critique.ipynb #a4ca51bc
@@ -241,20 +261,33 @@ def critique_revise(
     settings = [constitution.digest, n_revisions, critiques, examples, seed, temperature, max_new_tokens, layout]
 
     def work(batch):
-        prompts = [u["prompt"] for u in batch]
+        chains = [
+            chain_steps(
+                {"id": unit["id"], "prompt_id": unit["prompt"]["id"], "response": None, "steps": [], "flags": []},
+                unit["prompt"], draw_principles(constitution, unit["prompt"]["id"], n_revisions, seed),
+                seed, critiques, examples, layout, flag,
+            )
+            for unit in batch
+        ]
         with session(lm) as reader:  # what was read for the response is not read again for its critique
-            seeds = [draw_seed(seed, p["id"], 0, "response") for p in prompts]
-            responses = ask(reader, [p["messages"] for p in prompts], seeds, temperature, max_new_tokens, layout)
-            scripts = []
-            for unit, p, (text, flags) in zip(batch, prompts, responses):
-                flags = [f"step0:{f}" for f in [*flags, *extra_flags(flag, p, text)]]
-                row = {"id": unit["id"], "prompt_id": p["id"], "response": text, "steps": [], "flags": flags}
-                principles = draw_principles(constitution, p["id"], n_revisions, seed)
-                scripts.append(chain_steps(row, p, principles, seed, critiques, examples, layout, flag))
+            first = [next(chain) for chain in chains]  # by themselves: no examples stand in front of these
+            responses = ask(
+                reader, [a.conversation for a in first], [a.seed for a in first], temperature, max_new_tokens, layout
+            )
+            scripts = [_script(chain, response) for chain, response in zip(chains, responses)]
             return converse(reader, scripts, temperature, max_new_tokens, layout)
 
     units = [{"id": row_id("chain", p["id"], *settings), "prompt": p} for p in prompts]
     return stored_rows(units, work, batch_size, out, what="chains")
+
+def _script(chain, answer):
+    "A chain for `converse`, from the answer to what it asked first."
+    while True:
+        try:
+            asked = chain.send(answer)
+        except StopIteration as end:
+            return end.value
+        answer = yield asked.conversation, asked.seed
 
 # %% ../../nbs/method/01_critique.ipynb #66b4f358
 def revisions(
