@@ -14,7 +14,7 @@ from pathlib import Path
 from ..core.constitution import Constitution
 from ..core.errors import CaiError
 from ..core.files import file_digest
-from ..runs.reading import reference_folder
+from ..runs.folder import reference_folder
 
 # %% auto #0
 __all__ = ['COLUMNS', 'Models', 'digest_of', 'load_run', 'Borrowed']

@@ -17,8 +17,9 @@ from .wiring import AT_ONCE, QUIET, Site, Tab, Ties, api, as_message, saved_by_b
 from ..core.errors import CaiError
 from ..runs.lineage import STAGE_TITLES, Page, lineage, training_rows
 from ..runs.markup import note
-from ..runs.page import Overview, figures_html, head_html, origin_html, overview, page_html, tables_html
-from ..runs.reading import reference_folder
+from ..runs.overview import Overview, overview
+from ..runs.page import figures_html, head_html, origin_html, page_html, tables_html
+from ..runs.folder import reference_folder
 
 # %% auto #0
 __all__ = ['RUN']

@@ -23,7 +23,7 @@ from ..core.rows import row_id
 from cai_nb.runs.process import (
     Training, end_group, end_of, how_far, is_done, stage_entries, start_run, when_written, why_it_failed,
 )
-from ..runs.reading import reference_folder
+from ..runs.folder import reference_folder
 
 # %% auto #0
 __all__ = ['MAX_KEPT', 'MAX_TRAINED', 'Workbench', 'cannot_train', 'next_column', 'column_of', 'join']

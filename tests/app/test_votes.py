@@ -24,7 +24,7 @@ from cai_nb.core.constitution import Constitution
 from cai_nb.measure.elo import CHOICES
 
 MODELS = Models(None, {"base": None, "sl": "sl", "rl": "rl"}, digests={"base": "0b", "sl": "51", "rl": "71"})
-TESTS = Path(__file__).parents[1]
+HERE = Path(__file__).parent
 
 
 def ballot(i=0, a="sl", b="rl", **changes):
@@ -43,7 +43,8 @@ def ballot(i=0, a="sl", b="rl", **changes):
 def python(code, *args):
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, args)],
-        cwd=TESTS,
+        cwd=HERE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -199,7 +200,7 @@ def test_votes_on_other_weights_do_not_count(tmp_path):
 
 def test_the_export_is_what_the_preference_stage_reads(tmp_path):
     from cai_nb.method.preference import preference_rows
-    from cai_nb.runs.stages import comparisons_of
+    from cai_nb.runs.rl_stages import comparisons_of
 
     votes = Votes(tmp_path)
     for i, (helpful, harmless) in enumerate(

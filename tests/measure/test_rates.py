@@ -34,7 +34,7 @@ from cai_nb.measure.figures import (
     figure_training,
     save_figures,
 )
-from cai_nb.runs.stages import EVAL_SETS
+from cai_nb.runs.prompts_stage import EVAL_SETS
 
 PROMPTS = {name: world.prompts("test", name, 12, seed=3) for name in EVAL_SETS}
 

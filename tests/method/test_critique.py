@@ -19,7 +19,7 @@ from cai_nb.method.critique import (
     critique_request,
     critique_revise,
     draw_principles,
-    few_shot_messages,
+    critique_shots,
     is_meta_talk,
     revision_request,
     revisions,
@@ -65,7 +65,7 @@ def test_multi_turn_prompts_and_system_messages_stay_in_front():
     for asked in (lm.asked[1][0], lm.asked[2][0]):
         assert (
             asked[0] == messages[0]
-            and asked[1:31] == few_shot_messages(CRITIQUE_EXAMPLES)
+            and asked[1:31] == critique_shots(CRITIQUE_EXAMPLES)
             and asked[31:34] == messages[1:]
         )
 
@@ -196,14 +196,14 @@ def test_a_finished_file_asks_the_model_nothing(tmp_path):
     assert critique_revise(idle, PROMPTS, SIXTEEN, out=out) == rows and idle.calls == 0
 
 
-@pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"n_revisions": 2}, {"critiques": False}, {"few_shot": CRITIQUE_EXAMPLES}]
-)
+@pytest.mark.parametrize("change", [
+    {"seed": 1}, {"n_revisions": 2}, {"critiques": False}, {"few_shot": CRITIQUE_EXAMPLES}, {"layout": "paper"},
+])
 def test_rows_of_other_settings_are_refused(tmp_path, change):
     out = tmp_path / "chains.jsonl"
     critique_revise(ScriptedLM(), PROMPTS, SIXTEEN, out=out)
     before = out.read_bytes()
-    with pytest.raises(CaiError, match="chains.jsonl: 7 of its 7 chains come from other prompts or settings"):
+    with pytest.raises(CaiError, match="chains.jsonl: 7 of its 7 chains were made by .* with other settings"):
         critique_revise(ScriptedLM(), PROMPTS, SIXTEEN, out=out, **change)
     assert out.read_bytes() == before
 
@@ -269,7 +269,7 @@ def test_paper_layout_cuts_what_a_base_writes_beyond_its_turn():
 @pytest.mark.parametrize("layout", ["chat", "paper"])
 @pytest.mark.parametrize("critiques", [True, False])
 def test_few_shot_examples_are_whole_alternating_turns(layout, critiques):
-    messages = few_shot_messages(CRITIQUE_EXAMPLES, layout, critiques)
+    messages = critique_shots(CRITIQUE_EXAMPLES, layout, critiques)
     assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
     assert all(m["content"] == m["content"].strip() and "Human:" not in m["content"] for m in messages)
     text = "\n".join(m["content"] for m in messages)
