@@ -396,7 +396,7 @@ def test_rows_are_found_by_words_and_ids_and_not_by_the_files_own_words(tmp_path
 @contextmanager
 def served(folder=None):
     from cai_nb.app.theme import look
-    from cai_nb.app.run_tab import STYLE, run_tab
+    from cai_nb.app.run_tab import RUN
     from cai_nb.app.wiring import Site
 
     with warnings.catch_warnings(record=True) as told:
@@ -406,10 +406,10 @@ def served(folder=None):
                 with gr.Tab("First", id="first"):
                     gr.HTML("<p>First</p>")
                 with gr.Tab("Run", id="run", render_children=True):
-                    run_tab(Site(*load_models(), folder=folder))
+                    RUN.build(Site(*load_models(), folder=folder))
         demo.queue(max_size=32, default_concurrency_limit=1)
         _, url, _ = demo.launch(
-            server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(STYLE)
+            server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(RUN.style)
         )
     try:
         yield url, told
