@@ -1,4 +1,4 @@
-"""Whose rows they are: a file that is taken up again by another model, or in another way, is refused and left as it is."""
+"Whose rows they are: a file that is taken up by another model, or in another way, is refused and left as it is."
 
 from dataclasses import replace
 
