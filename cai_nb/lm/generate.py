@@ -18,9 +18,9 @@ from fastcore.basics import patch
 
 from ..core.errors import CaiError
 from ..core.rows import row_id
-from .decoding import Decoding, evaluating, model_lock, plain_scores, row_uniforms, text_stop
+from .decoding import Decoding, plain_scores, row_uniforms, text_stop
+from .model import evaluating, model_lock, adapter_fingerprint, adapter_names, model_fingerprint, using_adapter
 from ..core.dialogue import encode_conversation, encode_text, stop_token_ids
-from .model import adapter_fingerprint, adapter_names, model_fingerprint, using_adapter
 from .session import Growing, Session
 from .cache import has_slots
 from .shared_scores import score

@@ -101,11 +101,7 @@ def draw_comparisons(
     if not 1 <= n_principles <= max(found, 1):
         raise CaiError(f"n_principles: found {n_principles}, expected 1 to {found} (constitution {constitution.name})")
     rng = random.Random(f"{seed}:{pair_id}")
-    drawn = []
-    while len(drawn) < n_principles:
-        principle = constitution.sample("comparison", rng)
-        if principle not in drawn:
-            drawn.append(principle)
+    drawn = constitution.sample_different("comparison", n_principles, rng)
     return [(p, order) for p in drawn for order in (("ab", "ba") if both_orders else (rng.choice(("ab", "ba")),))]
 
 # %% ../../nbs/method/03_comparison.ipynb #faed4380

@@ -21,8 +21,8 @@ from ..core.errors import CaiError
 from ..core.rows import row_id
 from ..core.settings import setting
 from ..lm.cache import has_slots
-from ..lm.decoding import Decoding, evaluating, row_uniforms
-from ..lm.model import check_adapter, save_adapter
+from ..lm.decoding import Decoding, row_uniforms
+from ..lm.model import check_adapter, evaluating, save_adapter
 from ..lm.session import Growing, Session
 from .preference import PreferenceModel
 from ..train.checkpoint import SafeCheckpoints

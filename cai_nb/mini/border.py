@@ -13,12 +13,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 import numpy as np, torch
-from ..lm.decoding import evaluating, model_lock
+from ..lm.model import evaluating, model_lock, model_source, using_adapter
 from ..core.dialogue import encode_conversation, encode_text
 from ..measure.rates import rate
 from .gate import auc
 from .world import DIALOGUES, KINDS_OF_PROMPT, prompts, select
-from ..lm.model import model_source, using_adapter
 
 # %% ../../nbs/mini/07_border.ipynb #42c7666d
 def log_likelihoods(lm, rows: list[list[int]]) -> torch.Tensor:
