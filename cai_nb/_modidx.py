@@ -762,6 +762,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'cai_nb.lm.bulk.is_cut': ('lm/bulk.html#is_cut', 'cai_nb/lm/bulk.py'),
                                 'cai_nb.lm.bulk.lm_digest': ('lm/bulk.html#lm_digest', 'cai_nb/lm/bulk.py'),
                                 'cai_nb.lm.bulk.read_reply': ('lm/bulk.html#read_reply', 'cai_nb/lm/bulk.py'),
+                                'cai_nb.lm.bulk.refuse_others': ('lm/bulk.html#refuse_others', 'cai_nb/lm/bulk.py'),
                                 'cai_nb.lm.bulk.refuse_strangers': ('lm/bulk.html#refuse_strangers', 'cai_nb/lm/bulk.py'),
                                 'cai_nb.lm.bulk.sample_replies': ('lm/bulk.html#sample_replies', 'cai_nb/lm/bulk.py'),
                                 'cai_nb.lm.bulk.session': ('lm/bulk.html#session', 'cai_nb/lm/bulk.py'),
