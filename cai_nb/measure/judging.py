@@ -11,6 +11,7 @@ from typing import Protocol, runtime_checkable
 
 from ..core.errors import CaiError
 from ..core.rows import RowFile, in_batches, row_id
+from ..lm.bulk import lm_digest, refuse_others
 from .rates import by_confidence, rate
 
 # %% auto #0
@@ -95,7 +96,13 @@ def _judge_replies(
 # %% ../../nbs/measure/01_judging.ipynb #c129d4f2
 def _judged(lm, prompts, judge, model, prompt_set, seed, temperature, max_new_tokens, batch_size, store) -> list[dict]:
     "Sample one reply of a model to every prompt of a set, and judge it."
-    tasks = [{**p, "prompt_id": p["id"], "id": row_id("eval", model, prompt_set, p["id"], seed)} for p in prompts]
+    how = lm_digest(lm), seed, temperature, max_new_tokens
+    tasks = [
+        {**p, "prompt_id": p["id"], "id": row_id("eval", model, prompt_set, p["id"], p["messages"], *how)}
+        for p in prompts
+    ]
+    places = {(model, prompt_set, task["prompt_id"]): task["id"] for task in tasks}
+    refuse_others(store, places, lambda row: (row["model"], row["set"], row["prompt_id"]), "judged replies")
 
     def work(batch):
         seeds = [int(row_id("eval", task["prompt_id"], seed), 16) for task in batch]

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..core.errors import CaiError
 from ..core.rows import RowFile, in_batches, row_id
-from ..lm.bulk import ask, draw_seed, is_cut
+from ..lm.bulk import ask, draw_seed, is_cut, lm_digest, refuse_others
 from .rates import by_confidence, rate, show_rate
 from .suite_files import OPENING, Question
 from ..method.comparison import THINK, verdict_context
@@ -82,14 +82,19 @@ def ask_questions(
     model: str = "base",  # written on the rows
     how: Asking = Asking(),
     out=None,  # a RowFile, a path, or None to keep the rows in memory; goes on where it stopped
-) -> list[dict]:  # id, model, suite, item, order, p: [probability of each letter], flags, and with `cot` rationales
+) -> list[dict]:  # id, model, suite, item, order, p: [probability of each letter], flags, made_by; with `cot` rationales
     "Put questions to a model (paper §2, §4.1)."
     store = out if isinstance(out, RowFile) else RowFile(out)
     settings = [how.n_cot, how.seed, how.temperature, how.max_new_tokens] if how.cot else []
     units = [{"id": row_id("suite", model, name, item.id, order, *settings), "item": item, "order": order}
              for item in items for order in _orders(item, how.orders)]
-    return in_batches(units, how.batch_size, store, lambda batch: _answers(lm, batch, model, name, how),
-                      what=f"{model}: {name}")
+    made_by = lm_digest(lm)
+    refuse_others(store, {(model, name): made_by}, lambda row: (row["model"], row["suite"]), "answers", "made_by")
+
+    def work(batch):
+        return [row | {"made_by": made_by} for row in _answers(lm, batch, model, name, how)]
+
+    return in_batches(units, how.batch_size, store, work, what=f"{model}: {name}")
 
 
 def _answers(lm, batch: list[dict], model: str, name: str, how: Asking) -> list[dict]:

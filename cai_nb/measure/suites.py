@@ -13,7 +13,7 @@ from pathlib import Path
 from ..core.errors import CaiError
 from ..core.prompts import load_prompts
 from ..core.rows import RowFile, in_batches, row_id
-from ..lm.bulk import ask, draw_seed
+from ..lm.bulk import ask, draw_seed, lm_digest, refuse_others
 from .multiple_choice import Asking, answer_lines, ask_questions, count_answers
 from .rates import TITLES, as_table, rate, show_rate
 from .suite_files import QUESTION_FILES, check_file, find_contaminated, read_questions
@@ -74,15 +74,16 @@ def replies_suite(
 def _ask_replies(lm, name: str, items: list[dict], model: str, how: Asking, out=None) -> list[dict]:
     "One reply to each prompt, as rows: id, model, suite, item, response, flags."
     store = out if isinstance(out, RowFile) else RowFile(out)
-    settings = how.seed, how.temperature, how.max_new_tokens
+    settings, made_by = (how.seed, how.temperature, how.max_new_tokens), lm_digest(lm)
     tasks = [{"id": row_id("suite", model, name, item["id"], *settings), "prompt": item} for item in items]
+    refuse_others(store, {(model, name): made_by}, lambda row: (row["model"], row["suite"]), "replies", "made_by")
 
     def work(batch):
         seeds = [draw_seed(how.seed, task["prompt"]["id"], "suite") for task in batch]  # the same dice for every model
         talks = [task["prompt"]["messages"] for task in batch]
         replies = ask(lm, talks, seeds, how.temperature, how.max_new_tokens)
         return [{"id": task["id"], "model": model, "suite": name, "item": task["prompt"]["id"], "response": text,
-                 "flags": flags} for task, (text, flags) in zip(batch, replies)]
+                 "flags": flags, "made_by": made_by} for task, (text, flags) in zip(batch, replies)]
 
     return in_batches(tasks, how.batch_size, store, work, what=f"{model}: {name}")
 
