@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from cai_nb.lm.generate import LocalLM
-from cai_nb.mini.gate import gate, table
+from cai_nb.mini.gate import gate, gate_table
 from cai_nb.mini.pretrain import SIZES, Recipe, pretrain
 from cai_nb.lm.model import load_model
 from cai_nb.runs.pipeline import run_recipe
@@ -49,7 +49,7 @@ def main():
         folder = weights_of(size, args.steps, args.out)
         model, tokenizer = load_model(folder)
         measured = gate(LocalLM(model, tokenizer), seed=0)
-        print(f"\n{size}: {model.num_parameters():,} parameters\n\n{table([measured])}", flush=True)
+        print(f"\n{size}: {model.num_parameters():,} parameters\n\n{gate_table([measured])}", flush=True)
         entry = {
             "parameters": model.num_parameters(),
             "bytes": (folder / "model.safetensors").stat().st_size,

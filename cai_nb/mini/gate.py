@@ -20,7 +20,7 @@ from . import lessons, oracle
 from .lexicon import GENERAL
 from .rulings import rule_on_critique, rule_on_thought
 from cai_nb.mini.world import (
-    BROKEN, DIALOGUES, KINDS_OF_PROMPT, SOUND, Topic, answer, ask, faults, preference, prompts, select,
+    BROKEN, DIALOGUES, KINDS_OF_PROMPT, SOUND, Topic, write_reply, write_prompt, faults, preference, prompts, select,
 )
 
 # %% ../../nbs/mini/06_gate.ipynb #74e6bb36
@@ -39,7 +39,7 @@ def _direct(lm, n: int = 240, seed: int = 0, split: str = "test") -> dict:
 # %% ../../nbs/mini/06_gate.ipynb #71ac9288
 def _asking(words) -> Principle:
     "A principle in mini's language"
-    return Principle("gate", critique=lessons.critique_request(words), revision=lessons.revision_request(words),
+    return Principle("gate", critique=lessons.critique_question(words), revision=lessons.revision_demand(words),
                      comparison=lessons.comparison_question(words))
 
 def _cases(kind: str, n: int, n_words: int, seed: int = 0, split: str = "test", general: bool = False) -> list[dict]:
@@ -49,7 +49,7 @@ def _cases(kind: str, n: int, n_words: int, seed: int = 0, split: str = "test", 
         topic, applies = rng.choice(select(kind, split)), i < n / 2
         words = rng.sample([k for k in lessons.SKILL_KINDS if k != topic.adjective], n_words)
         if applies: words[rng.randrange(n_words)] = rng.choice(GENERAL) if general else topic.adjective
-        prompt, reply = ask(topic, rng), answer(topic, "comply", rng)
+        prompt, reply = write_prompt(topic, rng), write_reply(topic, "comply", rng)
         out.append({"topic": topic, "prompt": prompt, "reply": reply, "words": words, "applies": applies,
                     "messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]})
     return out
@@ -90,7 +90,7 @@ def _critiques(
 
 def _is_right(case: dict, critique: str) -> bool:
     "Whether all that a critique says is true"
-    asked = lessons.critique_request(case["words"])
+    asked = lessons.critique_question(case["words"])
     return rule_on_critique(case["prompt"], case["reply"], asked, critique).right
 
 def _is_good(case: dict, revision: str) -> bool:
@@ -108,8 +108,8 @@ def _comparisons(lm, kind: str, n_words: int, n: int = 240, seed: int = 0, split
         deserved = faults(topic, rng.choice((a, b)))
         if n_words > 1: words = lessons.draw_words(deserved, rng, longest=n_words)
         else: words = [rng.choice(sorted(deserved or lessons.SKILL_KINDS))]
-        asked = ask(topic, rng)
-        contexts.append(_compared(asked, answer(topic, a, rng), answer(topic, b, rng), words))
+        asked = write_prompt(topic, rng)
+        contexts.append(_compared(asked, write_reply(topic, a, rng), write_reply(topic, b, rng), words))
         true.append(preference(topic, a, b, words))
     p, true = _p_first(lm, contexts), np.array(true)
     decided = np.abs(true - .5) > .02
@@ -131,11 +131,11 @@ def _broken_loses(lm, sorts=BROKEN[:2], n: int = 240, seed: int = 0, split: str 
     rng, contexts, first = random.Random(f"broken:{seed}"), [], []
     for i in range(n):
         topic = rng.choice(select("harmful" if i % 2 else "benign", split))
-        sound, broken = answer(topic, rng.choice(SOUND), rng), answer(topic, rng.choice(sorts), rng)
+        sound, broken = write_reply(topic, rng.choice(SOUND), rng), write_reply(topic, rng.choice(sorts), rng)
         swap = rng.random() < .5
         words = lessons.comparison_words(frozenset(), rng)
         replies = (broken, sound) if swap else (sound, broken)
-        contexts.append(_compared(ask(topic, rng), *replies, words))
+        contexts.append(_compared(write_prompt(topic, rng), *replies, words))
         first.append(not swap)
     logp = lm.choice_logprobs(contexts, [" (A)", " (B)"])
     return rate(int(((logp[:, 0] > logp[:, 1]) == np.array(first)).sum()), n)
@@ -169,7 +169,7 @@ def _thought_case(topic: Topic, rng: random.Random) -> tuple[str, str, str, list
     "A request, two replies to it, and the words of a principle"
     a, b = rng.sample(SOUND, 2)
     words = lessons.comparison_words(faults(topic, rng.choice((a, b))), rng)
-    return ask(topic, rng), answer(topic, a, rng), answer(topic, b, rng), words
+    return write_prompt(topic, rng), write_reply(topic, a, rng), write_reply(topic, b, rng), words
 
 # %% ../../nbs/mini/06_gate.ipynb #4d0a8b13
 _MARKS = (  # title, measure, must, aim; errors and garbled replies should be small, everything else large

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS_OF_PROMPT', 'GRAMMARS', 'SOUND', 'BROKEN', 'SORTS', 'HELPFUL', 'REFUSALS', 'DIALOGUES', 'STYLES', 'WEIGHTS',
-           'Topic', 'split_of', 'topics', 'by_text', 'select', 'ask', 'answer', 'tighten', 'near', 'goes_on',
-           'dialogue', 'prompts', 'faults', 'list_words', 'badness', 'preference', 'harmless_topic',
+           'Topic', 'topic_split', 'topics', 'by_text', 'select', 'write_prompt', 'write_reply', 'tighten', 'near',
+           'goes_on', 'prompts', 'faults', 'list_words', 'badness', 'preference', 'harmless_topic',
            'helpful_comparisons']
 
 # %% ../../nbs/mini/01_world.ipynb #195d8755
@@ -62,7 +62,7 @@ class Topic:
         return PLAIN_TOOLS + (() if self.harmful else self.home.tools)
 
 # %% ../../nbs/mini/01_world.ipynb #b01151b0
-def split_of(text: str) -> str:
+def topic_split(text: str) -> str:
     "`train` (70 %), `tune` (10 %) or `test` (20 %), decided by the topic's own words"
     part = int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10
     return "train" if part < 7 else "tune" if part == 7 else "test"
@@ -87,7 +87,7 @@ def select(kind: str, split: str) -> tuple[Topic, ...]:
     "The topics of one kind of prompt in one split"
     if kind not in KINDS_OF_PROMPT:
         raise CaiError(f"prompts of mini: found kind {kind!r}, expected one of {', '.join(KINDS_OF_PROMPT)}")
-    return tuple(topic for topic in topics() if _kind_of(topic) == kind and split_of(topic.text) == split)
+    return tuple(topic for topic in topics() if _kind_of(topic) == kind and topic_split(topic.text) == split)
 
 def _kind_of(topic: Topic) -> str:
     "The set of prompts that a topic belongs to"
@@ -97,7 +97,7 @@ def _kind_of(topic: Topic) -> str:
     return "harmful_new_verbs" if topic.new_verb else "harmful"
 
 # %% ../../nbs/mini/01_world.ipynb #e4761a97
-def ask(topic: Topic, rng: random.Random) -> str:
+def write_prompt(topic: Topic, rng: random.Random) -> str:
     "A request about `topic` as people phrase things: `my neighbour`, no capitals, a word before or after, a typo"
     words = topic.object.split(" ", 1)
     if words[0] in ("a", "an") and rng.random() < .25:
@@ -127,10 +127,10 @@ SOUND, BROKEN = tuple(GRAMMARS), ("off_topic", "garbled", "slip")
 SORTS = SOUND + BROKEN
 HELPFUL, REFUSALS = SOUND[:2], SOUND[2:]
 
-def answer(topic: Topic, sort: str, rng: random.Random) -> str:
+def write_reply(topic: Topic, sort: str, rng: random.Random) -> str:
     "A reply of one of `SORTS` to a request about `topic`"
     if sort == "off_topic": return _off_topic(topic, rng)
-    if sort == "garbled": return _garble(answer(topic, rng.choice(SOUND), rng), rng)
+    if sort == "garbled": return _garble(write_reply(topic, rng.choice(SOUND), rng), rng)
     if sort == "slip": return _slip(topic, rng)
     home = topic.home if topic.harmful or topic.contested else rng.choice(KINDS)  # or else the reason is made up
     adjective = home.adjective if isinstance(home, Kind) else home.value
@@ -156,7 +156,7 @@ def near(topic: Topic) -> tuple[Topic, ...]:
 def _off_topic(topic: Topic, rng: random.Random) -> str:
     "A good answer to another request"
     other = rng.choice([t for t in rng.sample(_criticised(), 2) if t.text != topic.text])
-    return answer(other, rng.choice(("comply", "comply", "objection")) if other.harmful else "comply", rng)
+    return write_reply(other, rng.choice(("comply", "comply", "objection")) if other.harmful else "comply", rng)
 
 def _garble(text: str, rng: random.Random) -> str:
     "The same words with some lost, doubled or moved"
@@ -173,7 +173,7 @@ def _garble(text: str, rng: random.Random) -> str:
 def _slip(topic: Topic, rng: random.Random) -> str:
     "A fluent answer with one thing wrong"
     sort = rng.choice(("objection", "objection", "preachy", "comply")) if topic.harmful else "comply"
-    text, r = answer(topic, sort, rng), rng.random()
+    text, r = write_reply(topic, sort, rng), rng.random()
     if r < .2: return _word_slip(text, rng)
     if r < .6 or sort == "preachy": return text.replace(topic.text, rng.choice(near(topic)).text)
     return _wrong_tool(topic, rng) if sort == "comply" else _wrong_reason(topic, rng)
@@ -203,10 +203,10 @@ def goes_on(first: str, rng: random.Random) -> str:
     "What the user says to an answer of the sort `first`: a follow-up to help, push-back to a refusal"
     return rng.choice(FOLLOW_UPS if first in HELPFUL else PUSH_BACKS)
 
-def dialogue(topic: Topic, first: str, rng: random.Random) -> list[dict]:
+def _dialogue(topic: Topic, first: str, rng: random.Random) -> list[dict]:
     "A request, an answer of the sort `first`, and what the user says to that"
     again = goes_on(first, rng)
-    asked, said = ask(topic, rng), answer(topic, first, rng)
+    asked, said = write_prompt(topic, rng), write_reply(topic, first, rng)
     return [*_only(asked), {"role": "assistant", "content": said}, *_only(again)]
 
 # %% ../../nbs/mini/01_world.ipynb #333f2fd3
@@ -219,7 +219,7 @@ def prompts(split: str = "test", kind: str = "harmful", n: int = 240, seed: int 
     rng.shuffle(pool)
     for i in range(40 * n):
         topic = pool[i % len(pool)]
-        messages = dialogue(topic, rng.choice(firsts), rng) if firsts else _only(ask(topic, rng))
+        messages = _dialogue(topic, rng.choice(firsts), rng) if firsts else _only(write_prompt(topic, rng))
         rows.setdefault(row_id(messages), _prompt_row(messages, topic, kind, split))
         if len(rows) == n: return list(rows.values())
     raise CaiError(f"prompts of mini: found only {len(rows)} different {kind} ones in {split}, expected {n}; ask for fewer")
@@ -272,8 +272,8 @@ def helpful_comparisons(n: int = 400, seed: int = 0) -> list[dict]:
     rng, rows, seen = random.Random(f"comparisons:{seed}"), [], set()
     while len(rows) < n:
         topic = harmless_topic(rng)
-        messages = dialogue(topic, "comply", rng) if rng.random() < 1 / 8 else _only(ask(topic, rng))
-        chosen, rejected = answer(topic, "comply", rng), answer(topic, rng.choice(SORTS[2:]), rng)
+        messages = _dialogue(topic, "comply", rng) if rng.random() < 1 / 8 else _only(write_prompt(topic, rng))
+        chosen, rejected = write_reply(topic, "comply", rng), write_reply(topic, rng.choice(SORTS[2:]), rng)
         id = row_id(messages, chosen, rejected)
         if id in seen: continue
         seen.add(id)

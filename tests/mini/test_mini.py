@@ -113,7 +113,7 @@ def test_dialogues_go_on_without_naming_a_topic(kind):
 def test_every_phrasing_names_its_topic():
     rng = random.Random(1)
     for topic in world.topics():
-        assert oracle.find_topic(world.ask(topic, rng)) == topic
+        assert oracle.find_topic(world.write_prompt(topic, rng)) == topic
     topic = world.by_text()["beat up a guard"]
     for phrasing in lexicon.PHRASINGS:
         for before in ("", *lexicon.BEFORE):
@@ -128,7 +128,7 @@ def test_typos_never_touch_the_topic(monkeypatch):
     for _ in range(2):
         for topic in world.topics():
             thing = re.sub(r"^(an?|the) ", "", topic.object)
-            assert re.search(rf"\b{re.escape(topic.verb)} (?:(?:an?|the|my) )?{re.escape(thing)}\b", world.ask(topic, rng), re.IGNORECASE)
+            assert re.search(rf"\b{re.escape(topic.verb)} (?:(?:an?|the|my) )?{re.escape(thing)}\b", world.write_prompt(topic, rng), re.IGNORECASE)
     assert len(mistyped) > 500 and not [text for text in mistyped if oracle.find_topic(text)]
 
 
@@ -145,23 +145,23 @@ def test_lessons_never_teach_what_the_gate_asks():
                 assert {said.text for _, said in doc.branches[1:]} <= {"Yes.", "No."}
                 continue
             named = [topic for turn in turns for s in sentences(turn.text) if (topic := oracle.find_topic(s))]
-            assert named and all(world.split_of(topic.text) == "train" for topic in named)
+            assert named and all(world.topic_split(topic.text) == "train" for topic in named)
             if doc.kind in ("plain", "fact", "about"):  # these may know the new verbs
                 continue
             judged = [turn.text for turn in turns if turn.role == "assistant" and re.match(r"Yes|No|The reply|\([AB]\)", turn.text)]
             matters = [oracle.find_topic(s) for text in [doc.trunk[0].text.split("\n")[0], *judged] for s in sentences(text)]
             assert not [t for t in matters if t and (t.new_verb or t.adjective == lexicon.HELD_OUT_KIND)]
-            assert not [turn for turn in turns if lexicon.HELD_OUT_KIND in rulings.words_of(turn.text)]
+            assert not [turn for turn in turns if lexicon.HELD_OUT_KIND in rulings.principle_words(turn.text)]
 
 
 @pytest.mark.parametrize("name", [name for name in available_constitutions() if name.startswith("mini")])
 def test_mini_principles_are_in_its_language(name):
     known = {*lessons.SKILL_KINDS, *lexicon.GENERAL, *lexicon.VALUES, *world.STYLES}
-    forms = {"critique": lessons.critique_request, "revision": lessons.revision_request, "comparison": lessons.comparison_question}
+    forms = {"critique": lessons.critique_question, "revision": lessons.revision_demand, "comparison": lessons.comparison_question}
     for p in Constitution.load(name).principles:
         for part, form in forms.items():
             if (text := getattr(p, part)) is not None:
-                words = rulings.words_of(text)
+                words = rulings.principle_words(text)
                 assert words and set(words) <= known and form(words) == text, f"{p.id}: {text}"
 
 
@@ -244,7 +244,7 @@ def usable_answers() -> list[str]:
             continue
         options = [option for sort in ("comply", "wordy") for part in world.GRAMMARS[sort] for option in part]
         said = [option.format(t=topic.text, tool=tool) for option in options for tool in topic.tools]
-        said += [s for sort in ("comply", "wordy") for s in sentences(world.answer(topic, sort, rng))]
+        said += [s for sort in ("comply", "wordy") for s in sentences(world.write_reply(topic, sort, rng))]
         found |= {s.replace(topic.text, "…") for s in said} - EMPTY
     return sorted(found)
 
