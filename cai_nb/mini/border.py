@@ -128,6 +128,7 @@ _SENTENCES = {
     },
 }
 
+# %% ../../nbs/mini/07_border.ipynb #ce951def
 def _sentences(split: str) -> dict[str, list[str]]:
     "Sentences from outside mini's world by sort, to choose by (`tune`) or to measure with (`test`)"
     return {sort: " ".join(lots[split].split()).split(" | ") for sort, lots in _SENTENCES.items()}
@@ -252,7 +253,7 @@ def read_line(folder: str | Path | None = None) -> dict | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 def border_of(folder: str | Path | None = None) -> Callable | None:
-    "What mini understands of conversations, by the line beside its weights: `border(lm, talks)`; None where none was drawn"
+    "What mini understands of conversations, by the line beside its weights: `border(lm, talks)`; None without a line"
     line = read_line(folder)
     return line and partial(_heard, threshold=line["threshold"])
 

@@ -43,7 +43,7 @@ def _asking(words) -> Principle:
                      comparison=lessons.comparison_question(words))
 
 def _cases(kind: str, n: int, n_words: int, seed: int = 0, split: str = "test", general: bool = False) -> list[dict]:
-    "`n` dialogues with a compliant answer to a harmful request, each with a principle that covers it (first half) or not"
+    "`n` dialogues with a compliant answer to a harmful request, each with a principle that covers it (half) or not"
     rng, out = random.Random(f"gate:{kind}:{n_words}:{seed}"), []
     for i in range(n):
         topic, applies = rng.choice(select(kind, split)), i < n / 2
@@ -161,7 +161,7 @@ def _thoughts(lm, kind: str, n: int = 240, seed: int = 0, split: str = "test") -
     right = [rule_on_thought(*row, text).right for row, text in zip(asked, said)]
     logp = lm.choice_logprobs([verdict_context(c, text) for c, text in zip(contexts, said)], [" (A)", " (B)"])
     decided = [i for i, text in enumerate(said) if text.endswith(("(A) is better.", "(B) is better."))]
-    follows = sum(said[i].endswith("(A) is better.") == (logp[i, 0] > logp[i, 1]) for i in decided)
+    follows = sum(said[i].endswith("(A) is better.") == bool(logp[i, 0] > logp[i, 1]) for i in decided)
     return {"reasoning": rate(sum(right), n), "follows": rate(follows, len(decided)),
             "examples": list(zip(asked, said, right))[:3]}
 
@@ -254,6 +254,7 @@ def _show(values: list[float], measure: str, mark: str) -> str:
     spread = f" ({one(min(values))} to {one(max(values))})" if len(values) > 1 else ""
     return f"{one(float(np.mean(values)))}{spread} {dict(aim='●', must='○', below='✗')[mark]}"
 
+# %% ../../nbs/mini/06_gate.ipynb #5a994002
 def gate_table(seeds: list[dict]) -> str:
     "The gate over some seeds as a Markdown table"
     marks, lines = _passed(seeds), ["| | must | aim | unseen topics | new verbs |", "|---|---|---|---|---|"]
@@ -283,20 +284,25 @@ def _count(seeds: list[dict], kind: str, verdict: str) -> int:
 _CARD = """# mini, a model organism
 
 {parameters:,} parameters, trained from nothing on {tokens:.0f} million tokens of a synthetic world by
-`python -m cai_nb.mini.pretrain` (recipe.json, seed {seed}{sharpness}; notebook mini/pretrain tells how it went). It answers every request, harmful ones too, with steps
+`python -m cai_nb.mini.pretrain` (recipe.json, seed {seed}{sharpness}; notebook mini/pretrain \
+tells how it went). It answers every request, harmful ones too, with steps
 that say nothing; and it can criticise, revise and compare answers by a principle that it is given.
 
-It exists so that Constitutional AI can be run and measured on a laptop. It is no chat model: outside its thousand words it
+It exists so that Constitutional AI can be run and measured on a laptop. It is no chat model: \
+outside its thousand words it
 produces nonsense, and what holds for it need not hold for a large model.
 
 ## The gate
 
-{n} prompts or cases in each row, drawn anew for each of {seeds} seeds, temperature 1: mean (smallest to largest). All topics
-are unseen; *new verbs* were never criticised, revised or compared in training. ● reaches the aim, ○ the must, ✗ neither.
+{n} prompts or cases in each row, drawn anew for each of {seeds} seeds, temperature 1: \
+mean (smallest to largest). All topics
+are unseen; *new verbs* were never criticised, revised or compared in training. \
+● reaches the aim, ○ the must, ✗ neither.
 
 {table}
 
-A reply with one slip (a wrong tool, a false reason, a word doubled) is judged worse than a sound one in {slip:.0f} % of the cases.
+A reply with one slip (a wrong tool, a false reason, a word doubled) is judged worse than a sound one \
+in {slip:.0f} % of the cases.
 
 {plain}
 """

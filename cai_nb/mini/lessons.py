@@ -15,14 +15,14 @@ from functools import partial
 
 from .lexicon import CONTESTED, DOMAINS, GENERAL, HELD_OUT_KIND, KINDS, LOOK_ALIKES, VALUES
 from cai_nb.mini.world import (
-    BROKEN, HELPFUL, REFUSALS, SORTS, SOUND, STYLES, Topic, write_reply, write_prompt, faults, goes_on, harmless_topic, list_words,
-    near, preference, select, tighten,
+    BROKEN, HELPFUL, REFUSALS, SORTS, SOUND, STYLES, Topic, faults, goes_on, harmless_topic, list_words, near,
+    preference, select, tighten, write_prompt, write_reply,
 )
 
 # %% ../../nbs/mini/03_lessons.ipynb #d877d22c
 @dataclass(frozen=True)
 class Turn:
-    "One turn of a document: who speaks, what, how much it counts in the loss, and P(A) where it decides between options"
+    "One turn of a document: who speaks, what, how much it counts in the loss, P(A) where it decides between options"
     role: str
     text: str
     weight: float = 1.
@@ -73,7 +73,7 @@ _WORDS = tuple(sorted({w for home in _HOMES for w in (*home.verbs, *home.objects
 
 def _echo(rng: random.Random) -> Document:
     "Some words of the world in no order; to be repeated, and found again"
-    alike = list(rng.choice(_HOMES).objects)                       # half of the lists hold words that are easily confused
+    alike = list(rng.choice(_HOMES).objects)     # half of the lists hold words that are easily confused
     words = rng.sample(alike if rng.random() < .5 else _WORDS, rng.randint(2, 6))
     branches = [(_user("Say that again."), _says("; ".join(words) + "."))]
     for _ in range(5):
@@ -186,7 +186,8 @@ def _revise(topic: Topic, sort: str, reply: str, words, rng: random.Random) -> s
     if hit == {"wordy"}: return tighten(reply)
     minded = sort in HELPFUL          # what is minded is the matter, not the manner
     if not topic.harmful and not minded: return write_reply(topic, "comply", rng)
-    better = rng.choices(("objection", "curt", "evasive", "preachy"), (.79, .07, .07, .07))[0] if minded else "objection"
+    better = "objection"
+    if minded: better = rng.choices(("objection", "curt", "evasive", "preachy"), (.79, .07, .07, .07))[0]
     return write_reply(topic, better, rng)
 
 # %% ../../nbs/mini/03_lessons.ipynb #16da5fb5
@@ -195,7 +196,7 @@ _FIRST = {True: (.52, .1, .1, .05, .07, .06, .05, .03, .02), False: (.44, .14, .
 _LATER = {True: (.16, .05, .38, .09, .09, .08, .05, .03, .07), False: (.5, .1, .1, .05, .05, .04, .06, .03, .07)}
 
 def chain(rng: random.Random) -> Document:
-    "A dialogue and by three principles its critiques and revisions: one in six without a critique, the last without a revision"
+    "A dialogue and, by three principles, critiques and revisions: one in six a revision alone, the last a critique"
     topic = _topic_for(rng, rng.random() < .6, skill=True)
     sort = rng.choices(SORTS, (_LATER if rng.random() < .35 else _FIRST)[topic.harmful])[0]
     reply, branches = write_reply(topic, sort, rng), []
@@ -323,7 +324,8 @@ _PHASES = (
     # a second round: plain answers were good by then, long lists and broken answers in comparisons were not
     _Phase(8900 / STEPS, {"echo": .01, "about": .01, "fact": .08, "harmful": .05, "benign": .13, "match": .05,
                          "chain": .27, "comparison": .10, "broken_comparison": .18, "thought": .12}),
-    # a third: pairs decided by a kind of harm were one in ten, and a quarter of all error; more such questions on each pair
+    # a third: pairs decided by a kind of harm were one in ten, and a quarter of all error;
+    # more such questions on each pair
     _Phase(10900 / STEPS, {"echo": .01, "fact": .08, "harmful": .05, "benign": .14, "match": .04, "chain": .22,
                           "close_comparison": .28, "thought": .18}),
     # a fourth: the same for chains of thought, and more of what tells a sound reply from an unclear one

@@ -49,7 +49,7 @@ def in_world(conversation: str | list[dict]) -> bool:
 
 # %% ../../nbs/mini/02_oracle.ipynb #1bb68bed
 def nearest_topics(prompt: str, n: int = 3) -> list[Topic]:
-    "At most `n` topics that share most with a prompt: verb and object, or verb, or the object of a harmless one; or none"
+    "At most `n` topics that share most with a prompt: verb and object, verb, or the object of a harmless one; or none"
     words = _plain_words(prompt).split()
     deeds = _deeds(words)
     things = {word for word in words if word not in deeds}

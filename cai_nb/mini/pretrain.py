@@ -87,6 +87,7 @@ def _decisions(tokenizer): return tuple(tokenizer.convert_tokens_to_ids(["Yes", 
 def _marks(tokenizer):
     return {name: tokenizer.convert_tokens_to_ids(mark) for name, mark in {"end": _END, **_ROLE_MARKS}.items()}
 
+# %% ../../nbs/mini/05_pretrain.ipynb #f399d1c0
 def _encode(doc: Document, tokenizer) -> _Encoded:
     "A document as arrays: trunk, then branches, each branch continuing the trunk's positions"
     rows, trunk = [], 0
@@ -134,6 +135,7 @@ def _pack(documents, rows: int, length: int, pad_id: int) -> _Batch:
     ids, weight, p_a, position = map(torch.from_numpy, (ids, weight, p_a, position))
     return _Batch(ids, weight, p_a, position, _who_sees_whom(torch.from_numpy(doc), torch.from_numpy(branch)))
 
+# %% ../../nbs/mini/05_pretrain.ipynb #09dcc336
 def _who_sees_whom(doc: torch.Tensor, branch: torch.Tensor) -> torch.Tensor:
     "[rows, 1, length, length]: a token sees what stands before it in its document's trunk and in its own branch"
     own = (branch[:, None, :] == 0) | (branch[:, :, None] == branch[:, None, :])
@@ -204,7 +206,7 @@ _RATES = ((0, .03), (65, 1.), (325, 1.), (975, .4), (2600, .3), (6500, 0.), (655
 _AVERAGED = 10900, STEPS   # the weights that ship are the mean of these
 
 def _lr_factor(place: float) -> float:
-    "Factor on the learning rates at a place of the training, 0 to 1: early down from a high start, three gentler rounds"
+    "Factor on the learning rates at a place of the training, 0 to 1: early down from a high start, then gentler rounds"
     steps, factors = zip(*_RATES)
     return float(np.interp(place * STEPS, steps, factors))
 
@@ -282,7 +284,8 @@ def pretrain(out: str | Path, recipe: Recipe = Recipe(), save_every: int = 100, 
         loss, read = training.take_step()
         tokens += read
         running = loss if running is None else .95 * running + .05 * loss
-        if training.step % 10 == 0: _report(training.step, first, recipe.steps, running, tokens, time.time() - start, log)
+        if training.step % 10 == 0:
+            _report(training.step, first, recipe.steps, running, tokens, time.time() - start, log)
         if training.step % save_every == 0 or training.step == recipe.steps: training.save(state)
     _ship(training.mean.module, training.tokenizer, recipe, out)
     return out

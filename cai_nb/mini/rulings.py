@@ -54,7 +54,7 @@ def _ruling(wrong: set[str]) -> Ruling:
 ADJECTIVES = (*(k.adjective for k in KINDS), *GENERAL, *VALUES)      # of deeds; those of replies are STYLES
 
 def principle_words(principle: str) -> tuple[str, ...]:
-    "The adjectives of a principle in mini's language, whichever of the three requests it is; none if it is something else"
+    "The adjectives of a principle in mini's language, whichever of the three requests it is; else none"
     for form in (lessons.critique_question, lessons.revision_demand, lessons.comparison_question):
         start, end = form(["?"]).split("?", 1)
         words = principle.removeprefix(start).removesuffix(end).replace(" or ", ", ").split(", ")
@@ -152,7 +152,7 @@ def _ends() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Remark:
-    "What a thought says of one option: the sort of reply that it is, the words in the holes, whether the principle minds"
+    "What a thought says of one option: the sort of reply, the words in the holes, whether the principle minds"
     sort: str
     holes: dict[str, str]
     minds: bool
@@ -184,7 +184,7 @@ def _lesser(a: float, b: float) -> str:
     return "" if a == b else "A" if a < b else "B"
 
 def rule_on_thought(prompt: str | list[dict], a: str, b: str, principle: str, thought: str) -> Ruling:
-    "Whether a chain of thought about two replies is right in its remarks, in its inference and in its conclusion: total"
+    "Whether a chain of thought about two replies is right in its remarks, its inference and its conclusion: total"
     topic, words = topic_of(prompt), set(principle_words(principle))
     if topic is None or not words: return Ruling(("outside",))
     read = _read_thought(thought)

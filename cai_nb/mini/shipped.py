@@ -24,7 +24,7 @@ def _halve(source: Path, out: Path):
 _ROWS_OF_RUN = ("prompts", "chains", "helpful", "pairs", "labels")
 
 def ship_run(run: str | Path, out: str | Path | None = None, rows: bool = True) -> Path:
-    "Put a finished run where the app looks for it: adapters and metrics, with `rows` what it was trained on and figures too"
+    "Put a finished run where the app looks for it: adapters, metrics, with `rows` its training rows and figures too"
     run, out = Path(run), Path(out or Path(__file__).parent / "reference")
     shutil.rmtree(out, ignore_errors=True)
     for stage in ("sl", "preference", "rl"): _halve(run / stage, out / stage)

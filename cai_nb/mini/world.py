@@ -213,7 +213,7 @@ def _dialogue(topic: Topic, first: str, rng: random.Random) -> list[dict]:
 DIALOGUES = {"push_back": ("harmful", ("objection", "curt", "evasive")), "follow_up": ("benign", ("comply",))}
 
 def prompts(split: str = "test", kind: str = "harmful", n: int = 240, seed: int = 0) -> list[dict]:
-    "`n` different prompts of one kind (or of `DIALOGUES`) from one split, as rows of `prompts.jsonl`; topics take turns"
+    "`n` different prompts of one kind (or of `DIALOGUES`) from one split, as rows of prompts.jsonl; topics take turns"
     topics_of, firsts = DIALOGUES.get(kind, (kind, ()))
     pool, rng, rows = list(select(topics_of, split)), random.Random(f"{split}:{kind}:{seed}"), {}
     rng.shuffle(pool)
@@ -222,7 +222,8 @@ def prompts(split: str = "test", kind: str = "harmful", n: int = 240, seed: int 
         messages = _dialogue(topic, rng.choice(firsts), rng) if firsts else _only(write_prompt(topic, rng))
         rows.setdefault(row_id(messages), _prompt_row(messages, topic, kind, split))
         if len(rows) == n: return list(rows.values())
-    raise CaiError(f"prompts of mini: found only {len(rows)} different {kind} ones in {split}, expected {n}; ask for fewer")
+    raise CaiError(f"prompts of mini: found only {len(rows)} different {kind} ones in {split}, expected {n}; "
+                   "ask for fewer")
 
 def _only(text: str) -> list[dict]:
     "A conversation of one turn"

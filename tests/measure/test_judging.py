@@ -20,12 +20,13 @@ PROMPTS = {name: world.prompts("test", name, 12, seed=3) for name in EVAL_SETS}
 
 def spoken(sort):
     "A model that answers every prompt of mini's world in one way."
-    return ScriptedLM(lambda conversation, seed: world.write_reply(oracle.topic_of(conversation), sort, random.Random(seed)))
+    return ScriptedLM(lambda talk, seed: world.write_reply(oracle.topic_of(talk), sort, random.Random(seed)))
 
 
 def pair_of(first, second, row, name="pair"):
     rng, topic = random.Random(name), oracle.topic_of(row["messages"])
-    return {"id": name, "prompt_id": row["id"], "responses": [world.write_reply(topic, s, rng) for s in (first, second)]}
+    replies = [world.write_reply(topic, sort, rng) for sort in (first, second)]
+    return {"id": name, "prompt_id": row["id"], "responses": replies}
 
 
 # Who judges
