@@ -226,12 +226,12 @@ def chains(repeats: int, n: int = 64, prefix: int = 400) -> dict:
         repeats,
     )
     lm = LocalLM(model, tokenizer)
-    from cai_nb.method.critique import few_shot_messages
+    from cai_nb.method.critique import critique_shots
 
     return out | {
         "unit": "CPU seconds a token",
         "prompts": n,
-        "prefix_tokens": len(lm.encode([*few_shot_messages(shown), *rows[0]["messages"]]))
+        "prefix_tokens": len(lm.encode([*critique_shots(shown), *rows[0]["messages"]]))
         - len(lm.encode(rows[0]["messages"])),
     }
 

@@ -76,7 +76,7 @@ def _by_row(x: torch.Tensor, rows: int) -> torch.Tensor:
     return x.view(x.shape[0], rows, -1, x.shape[-1]).transpose(0, 1)
 
 # %% ../../nbs/lm/02_cache.ipynb #058b58f9
-ATTENTION = "cai_nb_slots"
+ATTENTION = f"{__name__}.slots"  # each copy of this module, a notebook's too, has an entry of its own
 _running = threading.local()
 
 
@@ -84,7 +84,7 @@ _running = threading.local()
 def _register() -> None:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, _attention)
+    ALL_ATTENTION_FUNCTIONS[ATTENTION] = _attention
 
 
 def _attention(

@@ -14,8 +14,10 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from fastcore.basics import patch
 
 from ..core.errors import CaiError
+from ..core.rows import row_id
 from ..core.dialogue import encode_text, ensure_chat_template, stop_texts, stop_token_ids
 from .generate import Reply, cut_prompt, flag_reply, prompt_tokens, seeds_for
 from .model import check_template, model_source
@@ -270,3 +272,9 @@ def _tokenizer(given):
             ) from error
         given.name_or_path = name
     return check_template(ensure_chat_template(given))
+
+# %% ../../nbs/lm/08_endpoint.ipynb #d7e1feca
+@patch(as_prop=True)
+def digest(self: EndpointLM) -> str:  # 12 hexadecimal characters
+    "Who answers: a digest of the served model's name, `extra` and chat template; nothing is asked of the server."
+    return row_id("endpoint", self.model, self.extra, getattr(self.tokenizer, "chat_template", None))

@@ -14,11 +14,13 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from ..core.errors import CaiError
-from .decoding import Decoding, evaluating, model_lock, plain_scores, row_uniforms, text_stop
+from ..core.rows import row_id
+from .decoding import Decoding, plain_scores, row_uniforms, text_stop
+from .model import evaluating, model_lock, adapter_fingerprint, adapter_names, model_fingerprint, using_adapter
 from ..core.dialogue import encode_conversation, encode_text, stop_token_ids
-from .model import adapter_names, using_adapter
 from .session import Growing, Session
 from .cache import has_slots
 from .shared_scores import score
@@ -297,3 +299,10 @@ class _Line:
 
 
 _fitting = WeakKeyDictionary()  # model → rows that its memory was found to hold
+
+# %% ../../nbs/lm/05_generate.ipynb #bb677e36
+@patch(as_prop=True)
+def digest(self: LocalLM) -> str:  # 12 hexadecimal characters
+    "Who answers: a digest of base weights, adapter and chat template."
+    adapter = None if self.adapter is None else adapter_fingerprint(self.model, self.adapter)
+    return row_id("local", model_fingerprint(self.model), adapter, getattr(self.tokenizer, "chat_template", None))

@@ -20,7 +20,7 @@ from ..train.checkpoint import SafeCheckpoints
 from ..core.errors import CaiError
 from ..core.rows import batches, row_id
 from ..core.dialogue import encode_conversation
-from ..lm.model import add_adapters, lora_config, using_adapter
+from ..lm.model import add_adapters, evaluating, lora_config, model_lock, using_adapter
 from ..train.trainers import ByLength, borrowed, finish, finished, fit, model_card, run_key, stage_settings
 
 # %% ../../nbs/method/05_preference.ipynb #c4b5334c
@@ -197,26 +197,19 @@ class PreferenceModel:
             raise CaiError(f"{folder}: no head of one score in adapter_model.safetensors, expected a preference model")
         return cls(adapted, tokenizer, heads[0][0].float().to(adapted.device), name, **kwargs)
 
-    @torch.no_grad()
     def score(
         self,
         conversations: list,  # each ends with an assistant message
     ) -> np.ndarray:  # [n], in the order of `conversations`
-        "The score of the last reply of every conversation: higher is better, only differences mean something."
+        "The score of the last reply of every conversation, alone on the shared model: only differences mean something."
         rows = [
             encode_conversation(self.tokenizer, c, add_generation_prompt=False)[-self.max_length :]
             for c in conversations
         ]
         scores, order = np.zeros(len(rows)), sorted(range(len(rows)), key=lambda i: len(rows[i]))
-        training = [m for m in self.model.modules() if m.training]
-        self.model.eval()
-        try:
-            with using_adapter(self.model, self.name):
-                for group in batches(order, self.batch_size):
-                    scores[group] = self._score([rows[i] for i in group]).cpu().numpy()
-        finally:
-            for module in training:
-                module.training = True
+        with model_lock(self.model), evaluating(self.model), using_adapter(self.model, self.name):
+            for group in batches(order, self.batch_size):
+                scores[group] = self._score([rows[i] for i in group]).cpu().numpy()
         return scores
 
     def _score(self, rows: list[list[int]]) -> torch.Tensor:

@@ -18,9 +18,9 @@ from transformers import TrainerCallback
 from ..train.checkpoint import SafeCheckpoints
 from ..train.collapse import CollapseGuard, reply_signs
 from ..core.errors import CaiError
-from ..lm.decoding import Decoding, evaluating, row_uniforms
+from ..lm.decoding import Decoding, row_uniforms
+from ..lm.model import evaluating, check_adapter, save_adapter
 from ..core.dialogue import encode_conversation, stop_texts, stop_token_ids
-from ..lm.model import check_adapter, save_adapter
 from .preference import PreferenceModel
 from ..core.rows import row_id
 from ..lm.session import Growing, Session

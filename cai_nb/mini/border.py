@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from ..core.dialogue import encode_conversation, encode_text
-from ..lm.decoding import evaluating, model_lock
-from ..lm.model import model_source, using_adapter
+from ..lm.model import evaluating, model_lock, model_source, using_adapter
 from ..measure.rates import rate
 from .gate import auc
 from .world import DIALOGUES, KINDS_OF_PROMPT, prompts, select

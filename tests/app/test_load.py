@@ -7,7 +7,8 @@ import httpx
 import pytest
 from serving import PANDAS, asked_for_use, events, libc, post, process
 
-from cai_nb.app.models import UNKNOWN, load_run, talks_of
+from cai_nb.app.answers import UNKNOWN, talks_of
+from cai_nb.app.models import load_run
 from cai_nb.mini import world
 from cai_nb.app.requests import OUTSIDE
 

@@ -10,10 +10,10 @@ from random import Random
 
 import pytest
 
-from cai_nb.core.errors import CaiError
 from cai_nb.core.constitution import Constitution, available_constitutions, plain_request
-from cai_nb.core.principle import Principle, check_constitution
+from cai_nb.core.errors import CaiError
 from cai_nb.core.importers import compare_constitutions, import_constitution
+from cai_nb.core.principle import Principle, check_constitution
 
 SHIPPED = available_constitutions()
 GOOD = """\
@@ -67,11 +67,12 @@ def test_harmlessness_has_the_papers_numbers_and_coverage():
 
 
 def test_library_names_the_source_of_every_principle():
-    """A professional code's section for each principle, and what is right differs from harmlessness in coverage and wording."""
+    """A professional code's section for each principle; coverage and wording differ from harmlessness."""
     c, usual = Constitution.load("library"), Constitution.load("harmlessness")
     assert 8 <= len(c.critique_principles) <= 16 and 8 <= len(c.comparison_principles) <= 16
     section = re.compile(
-        r"IFLA Code of Ethics, section [1-6]|ALA Code of Ethics, article [IVX]+|ALA Library Bill of Rights, article [IV]+"
+        r"IFLA Code of Ethics, section [1-6]|ALA Code of Ethics, article [IVX]+"
+        r"|ALA Library Bill of Rights, article [IV]+"
         r"|RUSA [\w ,-]+ 20\d\d, \d|Universal Declaration of Human Rights, articles? \d+"
     )
     unsourced = [(p.id, part) for p in c.principles for part in p.source.split("; ") if not section.match(part)]
@@ -210,6 +211,56 @@ def test_sampling_is_seeded_weighted_and_kept_apart():
         c.sample("revision", rng)
     with pytest.raises(CaiError, match="has no critique principle"):
         replace(c, principles=c.comparison_principles).sample("critique", rng)
+
+
+def pool_of(*weights: float) -> Constitution:
+    principles = [Principle(f"p{i}", comparison=f"Which {i}?", weight=w) for i, w in enumerate(weights)]
+    return Constitution("c", tuple(principles))
+
+
+WEIGHTS = [(1, 1e-9), (1e308, 1e308), (1e-320,), (1e-320, 1e-320), (1e308, 1e-320), (1,) * 16]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_different_principles_are_drawn_whatever_their_weights(weights):
+    c = pool_of(*weights)
+    for n in range(1, len(weights) + 1):
+        ids = [p.id for p in c.sample_different("comparison", n, Random(n))]
+        assert len(set(ids)) == len(ids) == n
+        assert ids == [p.id for p in c.sample_different("comparison", n, Random(n))]
+    assert {c.sample("comparison", Random(seed)).id for seed in range(20)} <= {p.id for p in c.principles}
+    for n in (0, -1, len(weights) + 1):
+        with pytest.raises(CaiError, match=f"{n} different comparison principles asked for, expected 1 to "):
+            c.sample_different("comparison", n, Random(0))
+
+
+def test_two_weights_that_overflow_have_even_chances():
+    draws = Counter(pool_of(1e308, 1e308).sample("comparison", Random(seed)).id for seed in range(2000))
+    assert abs(draws["p0"] - 1000) < 120  # 5 standard deviations
+
+
+def test_equal_and_ordinary_weights_draw_what_they_always_drew():
+    """Runs that are stored name their principles by seed: rejection of repeats, and the library's own choice of one."""
+    def by_rejection(c, n, rng):
+        drawn = []
+        while len(drawn) < n:
+            principle = rng.choices(c.principles, [p.weight for p in c.principles])[0]
+            if principle not in drawn:
+                drawn.append(principle)
+        return drawn
+
+    for c in (pool_of(*(1,) * 16), pool_of(0.3, 7, 1, 2.5), pool_of(3, 3, 3)):
+        for seed in range(200):
+            n = 1 + seed % len(c.principles)
+            expected, left = by_rejection(c, n, rng := Random(seed)), rng.random()
+            assert c.sample_different("comparison", n, rng := Random(seed)) == expected and rng.random() == left
+            assert c.sample("comparison", Random(seed)) == by_rejection(c, 1, Random(seed))[0]
+
+
+@pytest.mark.parametrize("weight", [0, -1, float("nan"), float("inf")])
+def test_a_weight_that_no_file_may_hold_is_refused_when_drawn(weight):
+    with pytest.raises(CaiError, match="principle p1: weight is .*, expected a finite number above 0"):
+        pool_of(1, weight).sample("comparison", Random(0))
 
 
 def test_subset():

@@ -1,4 +1,4 @@
-"Content can never become control: hostile strings over real chat templates, and harmless ones encoded as the tokenizer would."
+"""Content can never become control: hostile strings over real templates; harmless ones as the tokenizer has them."""
 
 import re
 from pathlib import Path

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from cai_nb.core.errors import CaiError
-from cai_nb.core.rows import RowFile, in_batches, row_id, batches, progress
-from cai_nb.core.prompts import load_comparisons, load_prompts, read_comparisons, read_prompts, split_of
+from cai_nb.core.prompts import (
+    load_comparisons, load_prompts, opening_of, read_comparisons, read_prompts, split_of, without_prompts,
+)
+from cai_nb.core.rows import RowFile, batches, in_batches, progress, row_id
 
 HH = Path(__file__).parents[3] / "shared" / "data" / "hh-rlhf" / "harmless-base-test.part.jsonl.gz"
 real = pytest.mark.skipif(not HH.is_file(), reason="the hh-rlhf test part lies beside the checkout")
@@ -213,7 +215,7 @@ def test_real_splits_share_no_opening():
 
 @real
 def test_real_comparisons():
-    rows, report = read_comparisons(HH)
+    rows, report = read_comparisons(HH, split=None)
     assert report.read == 1181 == fates(report) and report.kept == len(rows) > 1100
     assert report.skipped.get("with an empty reply") == 2
     assert all(row["chosen"] != row["rejected"] and row["chosen"] and row["rejected"] for row in rows)
@@ -231,7 +233,7 @@ def test_comparisons_that_are_none(tmp_path):
         {"chosen": "\n\nAssistant: b", "rejected": "\n\nAssistant: c"},
         {"messages": [{"role": "user", "content": "q"}], "chosen": "x", "rejected": "y"},
     ]
-    found, report = read_comparisons(write(tmp_path / "x.jsonl", rows))
+    found, report = read_comparisons(write(tmp_path / "x.jsonl", rows), split=None)
     assert [(r["chosen"], r["rejected"]) for r in found] == [("b", "c"), ("x", "y")]
     assert report.skipped == {
         "twice": 1,
@@ -243,7 +245,7 @@ def test_comparisons_that_are_none(tmp_path):
 
 
 def test_a_data_set_in_parts_is_read_by_its_folder(tmp_path, monkeypatch):
-    """`owner/name/folder:split`, the form of hh-rlhf on the hub; a folder of the same shape is loaded by the same library."""
+    """`owner/name/folder:split`, as hh-rlhf on the hub; a folder of the same shape is loaded by the same library."""
     part = tmp_path / "owner" / "name" / "helpful-base"
     part.mkdir(parents=True)
     rows = [
@@ -260,6 +262,98 @@ def test_a_data_set_in_parts_is_read_by_its_folder(tmp_path, monkeypatch):
     assert [r["messages"][-1]["content"] for r in load_prompts("owner/name/helpful-base")] == [
         f"How do I knit {i}?" for i in range(3)
     ]
-    assert len(load_comparisons("owner/name/helpful-base:test")) == 1
+    assert len(load_comparisons("owner/name/helpful-base:test", split=None)) == 1
     with pytest.raises(CaiError, match="owner/name/helpless-base: no such file, and the hub gives no such data set"):
         load_prompts("owner/name/helpless-base")
+
+
+# No evaluation prompt reaches a training
+
+
+def dialogue(*turns: str) -> str:
+    """A transcript whose speakers alternate, the human first."""
+    return "".join(f"\n\n{('Human', 'Assistant')[i % 2]}: {turn}" for i, turn in enumerate(turns))
+
+
+def compared(*turns: str, **more) -> dict:
+    return {"chosen": dialogue(*turns, "Slowly."), "rejected": dialogue(*turns, "No."), **more}
+
+
+def test_comparisons_are_split_by_the_rule_of_the_prompts(tmp_path):
+    """One source for both, as in the recipe `t4`."""
+    source = write(tmp_path / "x.jsonl", [compared(f"How do I knit {i}?") for i in range(200)])
+    held_out = {row["messages"][-1]["content"] for row in load_prompts(source, split="eval")}
+    rows, report = read_comparisons(source)
+    assert len(held_out) > 10 and not held_out & {row["messages"][-1]["content"] for row in rows}
+    assert report.skipped == {"not train": len(held_out)} and report.used == len(rows) == 200 - len(held_out)
+    assert {row["messages"][-1]["content"] for row in load_comparisons(source, split="eval")} == held_out
+    assert len(load_comparisons(source, split=None)) == 200
+    more = {row["messages"][-1]["content"] for row in load_comparisons(source, eval_fraction=0.5)}
+    assert more < {row["messages"][-1]["content"] for row in rows}
+    limited, report = read_comparisons(source, limit=20, seed=1)
+    assert len(limited) == 20 and not held_out & {row["messages"][-1]["content"] for row in limited}
+    assert report.read == 200 == fates(report) and report.skipped["not train"] == len(held_out)
+
+
+def test_every_turn_of_a_dialogue_falls_on_its_side(tmp_path):
+    """Prompts of every turn, comparisons of any length, in any spelling of the opening: one side."""
+    talks = [[f"How do I knit {i}?", "Which wool?", "Blue", "Slowly.", "And then?"] for i in range(60)]
+    prompts = load_prompts(write(tmp_path / "p.jsonl", [{"prompt": dialogue(*t)} for t in talks]), every_turn=True)
+    assert len(prompts) == 180
+    sides = {opening_of(row["messages"]): row["split"] for row in prompts}
+    assert all(sides[opening_of(row["messages"])] == row["split"] for row in prompts) and len(sides) == 60
+    for length in (1, 3, 5):
+        spelt = [[turn.upper().replace(" ", "  ") for turn in talk[:length]] for talk in talks]
+        rows = load_comparisons(write(tmp_path / "c.jsonl", [compared(*talk) for talk in spelt]))
+        assert {opening_of(row["messages"]) for row in rows} == {o for o, side in sides.items() if side == "train"}
+
+
+def test_an_opening_without_words_decides_nothing():
+    silent = [{"role": "user", "content": " "}, {"role": "assistant", "content": "Hello?"}]
+    talks = [silent + [{"role": "user", "content": f"Question {i}?"}] for i in range(200)]
+    assert {split_of(talk) for talk in talks} == {"train", "eval"}, "the first words do"
+    assert opening_of(talks[3]) == "question 3?" and opening_of(silent) == ""
+
+
+@pytest.mark.parametrize("load", [load_prompts, load_comparisons])
+def test_a_split_in_the_file_counts(tmp_path, load):
+    sides = ["train", "eval", "test", "validation"] * 10
+    rows = [compared(f"How do I knit {i}?", split=side) for i, side in enumerate(sides)]
+    source = write(tmp_path / "x.jsonl", rows)
+    assert len(load(source, split="train")) == 10 and len(load(source, split="eval")) == 30
+    assert {row["split"] for row in load(source, split=None)} == {"train", "eval"}
+    assert load(write(tmp_path / "y.jsonl", [rows[0] | {"split": None}]), split=None)[0]["split"] in ("train", "eval")
+    for wrong in ("trian", 3, ["train"]):
+        with pytest.raises(CaiError, match=r"z\.jsonl:1: split is .*, expected train, eval, test, validation"):
+            load(write(tmp_path / "z.jsonl", [rows[0] | {"split": wrong}]))
+    with pytest.raises(CaiError, match="split='both': expected train, eval or None"):
+        load(source, split="both")
+
+
+def test_what_opens_as_an_evaluation_prompt_is_dropped_before_training():
+    turn = lambda *texts: {"messages": [
+        {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]}
+    held_out = [turn("How do I knit?"), turn("Who are you?", "A model.", "Why?")]
+    leaking = [turn("how do  I knit?\n"), turn("How do I knit?", "Slowly.", "Why?"), turn("Who are you?"),
+               turn("Who are you?", "Nobody.", "Oh?")]
+    fine = [turn("How do I knit a sock?"), turn("Why?"), turn("Hello", "Hi", "How do I knit?")]
+    assert without_prompts(fine + leaking, held_out) == (fine, leaking)
+    assert without_prompts(leaking, []) == (leaking, []) and without_prompts([], held_out) == ([], [])
+
+
+def test_minis_comparisons_keep_clear_of_its_evaluation():
+    from cai_nb.mini.world import helpful_comparisons, prompts
+
+    rows = helpful_comparisons(200)
+    for split in ("tune", "test"):
+        held_out = [row for kind in ("harmful", "benign", "look_alikes", "follow_up", "contested")
+                    for row in prompts(split, kind, 100, 0)]
+        assert without_prompts(rows, held_out) == (rows, [])
+
+
+@real
+def test_real_comparisons_and_prompts_of_one_source_share_no_opening():
+    held_out = load_prompts(HH, split="eval", every_turn=True)
+    rows, report = read_comparisons(HH)
+    assert without_prompts(rows, held_out) == (rows, []) and report.skipped["not train"] > 80
+    assert len(without_prompts(load_comparisons(HH, split=None), held_out)[1]) == report.skipped["not train"]

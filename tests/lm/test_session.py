@@ -58,7 +58,7 @@ class Plain:
     "An `LM` that answers one conversation at a time, greedily, by `generate` without a cache, and scores by plain passes."
 
     def __init__(self, lm):
-        self.lm = lm
+        self.lm, self.digest = lm, lm.digest  # the same model, so its rows have the same ids
 
     def sample(self, conversations, n=1, temperature=1.0, max_new_tokens=256, seed=0):
         assert temperature == 0 and n == 1

@@ -13,7 +13,7 @@ from cai_nb.measure.judging import (
 )
 from cai_nb.measure.rates import rate
 from cai_nb.mini import oracle, world
-from cai_nb.runs.stages import EVAL_SETS
+from cai_nb.runs.prompts_stage import EVAL_SETS
 
 PROMPTS = {name: world.prompts("test", name, 12, seed=3) for name in EVAL_SETS}
 

@@ -14,7 +14,7 @@ from cai_nb.measure.figures import (
 from cai_nb.measure.judging import REPLY_KINDS, evaluate_models
 from cai_nb.measure.rates import by_confidence, metrics_table, pooled, rate, table_rows
 from cai_nb.mini import oracle, world
-from cai_nb.runs.stages import EVAL_SETS
+from cai_nb.runs.prompts_stage import EVAL_SETS
 
 PROMPTS = {name: world.prompts("test", name, 12, seed=3) for name in EVAL_SETS}
 
