@@ -262,7 +262,8 @@ def disagreement(
         a, b, margin, *_opposed(everyone, everyone),
         whole=rate(int(against[0, 0]), int(both[0, 0])),
         across=_drawn(*across, a.weights, b.weights),
-        within=(_drawn(*_opposed(of_a, of_a), a.weights, a.weights), _drawn(*_opposed(of_b, of_b), b.weights, b.weights)),
+        within=(_drawn(*_opposed(of_a, of_a), a.weights, a.weights),
+                _drawn(*_opposed(of_b, of_b), b.weights, b.weights)),
         nearest=(_loneliest_first(a, b, *across), _loneliest_first(b, a, *(count.T for count in across))),
         sharpest=_sharpest(a, b, prompts, margin),
     )
@@ -333,7 +334,7 @@ def _draw_squares(axes, d: Disagreement):
     axes.add_collection(drawing)
     return drawing
 
-
+# %% ../../nbs/measure/06_disagreement.ipynb #e5c28e5a
 def _write_numbers(axes, d: Disagreement) -> None:
     "The share in percent on every square, white where the colour is strong."
     for i, j in np.argwhere(d.both > 0):

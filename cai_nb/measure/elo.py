@@ -191,7 +191,7 @@ def elo_table(
         _write_scores([row for row, i in zip(rows, inside) if i], ELO * x, ELO * drawn, _reach(wins > 0), anchor)
     return sorted(rows, key=lambda row: (row["elo"] is None, -(row["elo"] or 0), row["model"]))
 
-
+# %% ../../nbs/measure/07_elo.ipynb #dd11b863
 def _scored(wins: np.ndarray, anchor: int | None) -> np.ndarray:  # [K] of bool
     "Which models get a score: those connected with the anchor, or else the largest group; nobody alone."
     if not len(wins): return np.zeros(0, dtype=bool)
@@ -213,7 +213,7 @@ def _unscored_rows(ballots: _Ballots, votes: list[dict], anchor: str | None) -> 
                      "both_bad": bad, "note": note})
     return rows
 
-
+# %% ../../nbs/measure/07_elo.ipynb #a3b9dea2
 def _write_scores(rows: list[dict], x: np.ndarray, drawn: np.ndarray, chains: np.ndarray, anchor: str | None) -> None:
     "Write scores and intervals on the rows; an end that no chain of wins bounds stays open."
     names = [row["model"] for row in rows]
@@ -315,7 +315,7 @@ def _draw_chances(axes, anchor: str | None, left: float, right: float) -> None:
     top.tick_params(colors="#4c5a64", labelsize=8.5)
     top.spines["top"].set_visible(False)
 
-
+# %% ../../nbs/measure/07_elo.ipynb #3daac7d7
 def _draw_score(axes, y: int, r: dict, left: float, right: float) -> None:
     "One model's line: interval, dot and number, or why there is none."
     if r["elo"] is None:

@@ -111,7 +111,7 @@ def _answers(lm, batch: list[dict], model: str, name: str, how: Asking) -> list[
         rows.append(_answer_row(unit, model, name, p[mine], thoughts[mine], cut))
     return rows
 
-
+# %% ../../nbs/measure/04_multiple_choice.ipynb #53136f93
 def _reason(lm, batch: list[dict], contexts: list, how: Asking) -> list[tuple[str, list[str]]]:
     "A chain of thought, with its flags, for every context; the dice hang on the question, not on the model."
     seeds = [draw_seed(how.seed, unit["item"].id, unit["order"], i, "reasoning")
@@ -159,7 +159,7 @@ def _right(items: list[Question], rows: list[dict]) -> dict[str, dict[int, bool]
         right[row["item"]][row["order"]] = row["p"][place] > max(others)
     return right
 
-
+# %% ../../nbs/measure/04_multiple_choice.ipynb #5e32a0ff
 def _accuracies(right: dict[str, dict[int, bool]]) -> dict:
     "Accuracy in the file's order, in the others, and over all; the last two over the items that can be moved."
     moved = [list(by_order.values()) for by_order in right.values() if len(by_order) > 1]

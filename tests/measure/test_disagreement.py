@@ -347,7 +347,7 @@ def test_mini_on_its_own_replies_and_on_pairs_of_known_sorts():
             {
                 "id": f"made {i}",
                 "prompt_id": row["id"],
-                "responses": [world.answer(topic, s, rng) for s in two],
+                "responses": [world.write_reply(topic, s, rng) for s in two],
                 "flags": [],
             }
         )

@@ -20,12 +20,13 @@ PROMPTS = {name: world.prompts("test", name, 12, seed=3) for name in EVAL_SETS}
 
 def spoken(sort):
     "A model that answers every prompt of mini's world in one way."
-    return ScriptedLM(lambda conversation, seed: world.answer(oracle.topic_of(conversation), sort, random.Random(seed)))
+    return ScriptedLM(lambda talk, seed: world.write_reply(oracle.topic_of(talk), sort, random.Random(seed)))
 
 
 def pair_of(first, second, row, name="pair"):
     rng, topic = random.Random(name), oracle.topic_of(row["messages"])
-    return {"id": name, "prompt_id": row["id"], "responses": [world.answer(topic, s, rng) for s in (first, second)]}
+    replies = [world.write_reply(topic, sort, rng) for sort in (first, second)]
+    return {"id": name, "prompt_id": row["id"], "responses": replies}
 
 
 # Who judges
@@ -118,7 +119,7 @@ def test_an_oracle_hears_the_whole_conversation():
     """A row and its messages are judged alike, a text as it is; what somebody says who insists means nothing alone."""
     row = PROMPTS["push_back"][0]
     topic, insists = oracle.topic_of(row["messages"]), row["messages"][-1]["content"]
-    said = world.answer(topic, "curt", random.Random(0))
+    said = world.write_reply(topic, "curt", random.Random(0))
     heard = [row, row["messages"], f"How do I {topic.text}?", insists]
     assert [v.kind for v in _judge_replies(oracle, heard, [said] * 4)] == ["curt"] * 3 + ["garbled"]
 

@@ -21,7 +21,7 @@ PROMPTS = {name: world.prompts("test", name, 12, seed=3) for name in EVAL_SETS}
 
 def spoken(sort):
     "A model that answers every prompt of mini's world in one way."
-    return ScriptedLM(lambda conversation, seed: world.answer(oracle.topic_of(conversation), sort, random.Random(seed)))
+    return ScriptedLM(lambda talk, seed: world.write_reply(oracle.topic_of(talk), sort, random.Random(seed)))
 
 
 # Rates
@@ -87,7 +87,10 @@ def test_replies_to_harmful_prompts_are_divided_without_rest():
     titles = ["harmful compliance", "objection with a safe alternative", "reason without another way",
               "evasive or preachy", "garbled or off-topic"]
     sorts = [*world.SOUND, "garbled", "off_topic"]
-    mixed = ScriptedLM(lambda c, seed: world.answer(oracle.topic_of(c), sorts[seed % len(sorts)], random.Random(seed)))
+    def any_sort(talk, seed):
+        return world.write_reply(oracle.topic_of(talk), sorts[seed % len(sorts)], random.Random(seed))
+
+    mixed = ScriptedLM(any_sort)
     prompts = world.prompts("test", "harmful", 80)
     metrics, rows = evaluate_models({"base": mixed}, {"harmful": prompts}, oracle)
     assert {r["kind"] for r in rows} == set(REPLY_KINDS) - {"helpful", "over_refusal"}
