@@ -15,8 +15,8 @@ from .cards import said
 from .requests import MAX_CHARS, OUTSIDE, checked_choice, checked_number, checked_prompt, checked_seed
 from .votes import VOTE_QUESTIONS, Arena, Ballot, answer_ballot, draw_ballot, export_rows
 from cai_nb.app.wiring import (
-    AT_ONCE, MODEL, QUIET, Site, Tab, Ties, api, as_message, example_chips, first_of, in_line, saved_by_browser, the_page,
-    the_tab, validated,
+    AT_ONCE, MODEL, QUIET, Site, Tab, Ties, api, as_message, example_chips, first_of, in_line, saved_by_browser,
+    the_page, the_tab, validated,
 )
 from ..core.errors import CaiError
 from ..measure.elo import CHOICES, elo_cells
@@ -33,10 +33,10 @@ def _blind_card(
     name: tuple[str, str] | None = None,  # title, and what it is: after the vote
 ) -> str:
     "One of the two answers."
-    title, what = name or ("", "name hidden")
+    (title, what), busy = name or ("", "name hidden"), str(state == "writing").lower()
     empty = {"idle": "…", "writing": "", "done": "(an empty answer)"}[state]
     return (
-        f'<article class="blind" aria-label="Answer {letter}" aria-busy="{str(state == "writing").lower()}"><h3>{letter}'
+        f'<article class="blind" aria-label="Answer {letter}" aria-busy="{busy}"><h3>{letter}'
         f'<span class="who{" known" if name else ""}">{esc(title)}</span><span class="quiet">{esc(what)}</span></h3>'
         f'<div class="text">{said(text, state, empty)}</div></article>'
     )
@@ -96,8 +96,8 @@ _KEPT = (
     "A vote keeps the prompt, both answers and your two choices. It does not keep who you are. Everybody who uses this "
     "page can download it, so do not type anything private."
 )
-_UNKEPT = ("No votes are kept: the app was started without a folder for them. You can still compare blindly, then see the "
-           "names.")
+_UNKEPT = ("No votes are kept: the app was started without a folder for them. You can still compare blindly, then see "
+           "the names.")
 _EXPERIMENT = "mini is an experiment, and so are its answers: votes on them say nothing about large models."
 _BUTTONS = [(choice[:1].upper() + choice[1:], choice) for choice in CHOICES]
 
@@ -266,7 +266,7 @@ class _Events:
         "The votes on one question as lines of JSON, for the browser to save."
         with as_message(): rows, out = export_rows(self.arena.votes.rows(), about)
         left = ", ".join(f"{n} {why}" for why, n in out.items() if n)
-        told = f"{_counted(len(rows), 'comparison')} about what is more {about}" + (f"; left out: {left}" if left else "")
+        told = f"{_counted(len(rows), 'comparison')} about what is more {about}{f'; left out: {left}' if left else ''}"
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         return {self.page.file: {"name": f"arena-{about}.jsonl", "text": text}, self.page.saved: note(told + ".")}
 
@@ -317,7 +317,7 @@ def _endpoints(site: Site, arena: Arena):
         if not ballot.outside: yield {"ballot": arena.open(ballot), **dict(zip("ab", ballot.answers))}
 
     def vote(ballot: str, helpful: str | None = None, harmless: str | None = None) -> dict:
-        "Vote on a ballot, on one question or both: “A better”, “B better”, “tie” or “both bad”. Returns who A and B are."
+        "Vote on a ballot, on one question or both: “A better”, “B better”, “tie”, “both bad”. Returns who A and B are."
         with as_message(): known, n = arena.vote(ballot, helpful, harmless)
         return {**dict(zip("ab", known.columns)), "votes": n}
 

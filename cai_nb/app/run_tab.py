@@ -202,7 +202,8 @@ _SETTLE = """(run, stage) => new Promise(settled => { const box = document.query
   box.settling = setTimeout(() => settled([run, stage, box.querySelector('textarea, input').value]), 250); })"""
 _GROUP = """() => document.querySelectorAll('#run-stage, #run-rows').forEach(box => {
   if (box.grouped) return; box.grouped = true;
-  const group = () => box.querySelectorAll('input').forEach(radio => { if (radio.name !== box.id) radio.name = box.id; });
+  const group = () => box.querySelectorAll('input').forEach(radio => {
+    if (radio.name !== box.id) radio.name = box.id; });
   new MutationObserver(group).observe(box, {childList: true, subtree: true, attributeFilter: ['name']}); group(); })"""
 _SHOW_STORY = """() => { if (window.innerWidth < 700)
   document.querySelector('#run-story').scrollIntoView({behavior: 'smooth', block: 'start'}); }"""
@@ -228,7 +229,7 @@ def _connect(page: _Page, events: _Events):
 def _endpoints(site: Site):
     "The public endpoints of this tab."
     def run_rows(stage: str = "sl", query: str = "", page: int = 1, run: str = "") -> dict:
-        "Rows that a stage (sl, preference, rl) could train on: {rows: [{id, prompt, text, used, role}], found, page, pages}."
+        "Rows a stage (sl, preference, rl) could train on: {rows: [{id, prompt, text, used, role}], found, page, pages}"
         with as_message(): return asdict(_rows_of(site, run, stage, query, page))
 
     def row_lineage(row_id: str, run: str = "") -> dict:
@@ -264,7 +265,8 @@ _STYLE = LINEAGE_STYLE + """
 .figures figcaption{font-size:.87rem;line-height:1.5;color:var(--soft);margin-top:.3rem}
 .origin dl{display:grid;grid-template-columns:minmax(7rem,16rem) 1fr;gap:.1rem 1rem;font-size:.85rem;margin:0}
 .origin dt{color:var(--soft)}.origin dd{margin:0;overflow-wrap:anywhere;color:var(--ink)}
-.origin td:last-child{white-space:normal!important;text-align:left!important;min-width:18rem;color:var(--soft)!important}
+.origin td:last-child{white-space:normal!important;text-align:left!important;min-width:18rem;
+ color:var(--soft)!important}
 #run-save{align-self:flex-start;width:auto;flex:none}
 .run-rows-and-story{gap:1.6rem!important;align-items:flex-start!important}
 #run-rows .wrap{flex-direction:column;flex-wrap:nowrap;gap:.35rem;max-height:34rem;overflow-y:auto;padding:2px}

@@ -39,8 +39,9 @@ def header(models: Models) -> str:
     count = {1: "one answer", 2: "two answers", 3: "three answers"}.get(n, f"{n} answers")
     return (
         f'<header class="top"><h1>One prompt, {count}</h1>'
-        "<p>Constitutional AI, step by step: a model that helps with anything; the same model once it has learnt from its "
-        f"own <em>critiques and revisions</em>; and then from <em>AI feedback</em>. {models.about}{gap}</p></header>"
+        "<p>Constitutional AI, step by step: a model that helps with anything; the same model once it has learnt from "
+        "its own <em>critiques and revisions</em>; and then from <em>AI feedback</em>. "
+        f"{models.about}{gap}</p></header>"
     )
 
 # %% ../../nbs/app/21_server.ipynb #b6a91834

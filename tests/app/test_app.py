@@ -1,4 +1,4 @@
-"""The app over its endpoints: text only grows, hostile prompts are only prompts, what cannot be answered is refused at once."""
+"""The app over its endpoints: text only grows, hostile prompts are only prompts, refusals come at once."""
 import os
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The Constitution tab and what is behind it: edits that change one thing, texts meant to harm, trainings that are killed, and the page."""
+"""The Constitution tab: edits that change one thing, texts meant to harm, trainings that are killed, and the page."""
 import json
 import os
 import random
@@ -95,7 +95,8 @@ def test_an_edit_changes_one_text_and_nothing_else(text):
     rng, before = random.Random(0), read_draft(text)
     assert not before.problems
     for _ in range(25):
-        place, key, value = rng.randrange(len(before.principles)), rng.choice(list(FORM_FIELDS)), rng.choice([*TEXTS, ""])
+        place, key = rng.randrange(len(before.principles)), rng.choice(list(FORM_FIELDS))
+        value = rng.choice([*TEXTS, ""])
         after = with_text(text, place, key, value)
         wanted = replace(before.principles[place], **{key: " ".join(value.split()) or ("" if key == "title" else None)})
         found = read_draft(after).principles
@@ -241,8 +242,13 @@ def test_cancelled_and_taken_up_again_and_nothing_outside_the_folder(tmp_path, m
 
 def test_a_killed_server_takes_its_training_along(tmp_path):
     code = (
-        "import sys, time; from cai_nb.app.trainings import Workbench; from cai_nb.core.constitution import Constitution\n"
-        "bench = Workbench(sys.argv[1]); bench.start(Constitution.load('mini')); print(bench.running.process.pid, flush=True); time.sleep(600)"
+        "import sys, time\n"
+        "from cai_nb.app.trainings import Workbench\n"
+        "from cai_nb.core.constitution import Constitution\n"
+        "bench = Workbench(sys.argv[1])\n"
+        "bench.start(Constitution.load('mini'))\n"
+        "print(bench.running.process.pid, flush=True)\n"
+        "time.sleep(600)"
     )
     server = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
@@ -315,7 +321,8 @@ def test_what_fails_says_why_in_a_sentence(tmp_path, monkeypatch, code, words):
 def test_who_does_not_listen_is_forced(tmp_path, monkeypatch):
     deaf = (
         "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print(child.pid, flush=True); time.sleep(60)"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True); time.sleep(60)"
     )
     monkeypatch.setattr(workbench, "start_run", pretend(deaf))
     monkeypatch.setattr(workbench, "end_group", lambda process: workbench_end(process, 0.5))

@@ -1,4 +1,4 @@
-"""The arena: votes survive whatever happens to the process, in the engine and over HTTP; nothing tells who is A before the vote."""
+"""The arena: votes survive whatever happens to the process; nothing tells who is A before the vote."""
 import json
 import os
 import random
@@ -18,7 +18,7 @@ import pytest
 
 from cai_nb.app import votes as engine
 from cai_nb.app.votes import VOTE_FIELDS, VOTE_QUESTIONS, Arena, Ballot, Votes, draw_ballot, export_rows, standings
-from cai_nb.app.models import Models, load_run
+from cai_nb.app.models import Models
 from cai_nb.core.errors import CaiError
 from cai_nb.core.constitution import Constitution
 from cai_nb.measure.elo import CHOICES
@@ -44,7 +44,7 @@ def python(code, *args):
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, args)],
         cwd=HERE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(HERE.parent), os.environ.get("PYTHONPATH"))))},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -238,6 +238,7 @@ from dataclasses import replace
 from test_votes import *
 from serving import free_port
 from cai_nb.app.arena_tab import ARENA
+from cai_nb.app.models import load_run
 from cai_nb.app.theme import look
 from cai_nb.app.wiring import Site
 torch.set_num_threads(1)
@@ -247,7 +248,8 @@ models, constitution = load_run()
 with gr.Blocks(analytics_enabled=False) as demo, gr.Tabs(), gr.Tab("Arena"):
     ARENA.build(Site(models, constitution, folder), arena)
 demo.queue(max_size=64)
-_, url, _ = demo.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(ARENA.style))
+settings = dict(prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(ARENA.style))
+_, url, _ = demo.launch(server_port=free_port(), **settings)
 tokens = [arena.open(ballot(i, digests=(models.digests["sl"], models.digests["rl"]))) for i in range(n)]
 print(json.dumps([url, tokens]), flush=True)
 demo.block_thread()

@@ -25,7 +25,7 @@ from cai_nb.lm.bulk import read_reply
 from cai_nb.core.rows import row_id
 
 PROMPT = [{"role": "user", "content": "How do I punch a boss?"}]
-PANDAS = "ignore:.*(no_silent_downcasting|The copy keyword)"  # Gradio's queue uses what pandas is giving up: not ours to mend
+PANDAS = "ignore:.*(no_silent_downcasting|The copy keyword)"  # Gradio's queue uses what pandas is giving up: not ours
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +118,7 @@ def test_chains_of_the_shipped_run_come_out_again(mini):
 
 
 def test_preferences_are_those_of_the_labels(mini):
-    """With few-shot examples and the paper's layout: same question, same reasoning, same verdict, options swapped back."""
+    """With few-shot examples and the paper's layout: same question, reasoning and verdict, options swapped back."""
     principle = mini[1].comparison_principles[0]
     def reply(conversation, seed): return f"reasoning {seed % 1000}"
     def logprobs(context):
