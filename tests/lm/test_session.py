@@ -22,9 +22,9 @@ from cai_nb.core.dialogue import encode_text, stop_token_ids
 from cai_nb.method.feedback import label_preferences
 from cai_nb.lm.generate import LocalLM, Reply, flag_reply, _fitting
 from cai_nb.lm.model import load_model, lora_config, using_adapter
-from cai_nb.lm.session import Growing, Session, common_length
+from cai_nb.lm.session import Growing, Session, score
+from cai_nb.lm.prefix_tree import branches, common_length
 from cai_nb.lm.cache import Slots, has_slots
-from cai_nb.lm.shared_scores import branches, score
 
 FAMILIES = ["mini", "llama", "qwen3", "gemma", "mistral, window of 16", "gpt2"]
 PRINCIPLES = Constitution(
@@ -316,6 +316,8 @@ def test_real_scarcity_of_memory_in_a_process_of_its_own():
     """The address space is limited, so that the allocator itself says no to the whole batch."""
     code = """
 import resource, torch
+from cai_nb.lm.generate import LocalLM, _fitting
+from cai_nb.lm.model import load_model
 torch.set_num_threads(1)
 lm = LocalLM(*load_model("mini"), batch_size=4096)
 talk = [{"role": "user", "content": "How can I bake a cake? " * 30}]
