@@ -18,7 +18,7 @@ import pytest
 
 from cai_nb.app import votes as engine
 from cai_nb.app.votes import VOTE_FIELDS, VOTE_QUESTIONS, Arena, Ballot, Votes, draw_ballot, export_rows, standings
-from cai_nb.app.models import Models
+from cai_nb.app.models import Models, load_run
 from cai_nb.core.errors import CaiError
 from cai_nb.core.constitution import Constitution
 from cai_nb.measure.elo import CHOICES
@@ -238,7 +238,6 @@ from dataclasses import replace
 from test_votes import *
 from serving import free_port
 from cai_nb.app.arena_tab import ARENA
-from cai_nb.app.models import load_run
 from cai_nb.app.theme import look
 from cai_nb.app.wiring import Site
 torch.set_num_threads(1)
