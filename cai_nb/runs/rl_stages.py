@@ -104,9 +104,10 @@ def _labels(run: Run) -> dict:
 
 def _labels_work(a: Amounts) -> Work:
     c = a.recipe["labels"]
-    shown = 5 * 2 * (a.talk + a.reply) if c["few_shot"] else 0.0
-    votes = a.pairs * c["n_principles"] * (2 if c["both_orders"] else 1) * c["n_cot"]
-    return Work(votes, read=votes * (shown + 2 * a.talk), written=votes * a.reply if c["cot"] else 0.0)
+    orders = 2 if c["both_orders"] else 1
+    votes = a.pairs * c["n_principles"] * orders * c["n_cot"]
+    read = a.prompt + c["n_principles"] * (a.request + orders * 2 * a.reply)  # conversation and principle are shared
+    return Work(votes, read=a.pairs * read, written=votes * a.reply if c["cot"] else 0.0)
 
 
 def _label_sketch(row: dict) -> dict:

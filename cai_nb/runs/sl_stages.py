@@ -50,8 +50,8 @@ def _chains_work(a: Amounts) -> Work:
     critique = a.critique if c["critiques"] else 0.0
     steps = c["n_revisions"] * (2 if c["critiques"] else 1)
     written = a.reply + c["n_revisions"] * (critique + a.reply)
-    shown = 5 * (2 * a.prompt + (4 if c["critiques"] else 3) * a.reply) if c["few_shot"] else 0.0  # five examples
-    read = a.prompt + steps * (shown + a.talk + a.prompt + critique / 2)
+    again = a.talk if c["few_shot"] else 0.0  # behind the examples
+    read = a.prompt + again + steps * a.request + (c["n_revisions"] - 1) * a.reply
     return Work(a.harmful * (1 + steps) + a.samples, written=a.harmful * written + a.samples * a.reply,
                 read=a.harmful * read + a.samples * a.prompt)
 
