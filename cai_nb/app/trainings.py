@@ -290,9 +290,8 @@ def join(
 
 def _with_adapter(lm, name: str, folder: Path):
     "A language model that knows one more adapter: the same one, or a copy of a bare base that may be answering."
-    from cai_nb.lm.decoding import model_lock
+    from cai_nb.lm.model import model_lock, adapter_names, add_adapters, check_template, load_model
     from cai_nb.lm.generate import LocalLM
-    from cai_nb.lm.model import adapter_names, add_adapters, check_template, load_model
 
     check_template(lm.tokenizer, folder)
     with model_lock(lm.model):

@@ -16,7 +16,7 @@ from ..core.constitution import Constitution
 from ..core.errors import CaiError
 from ..core.rows import row_id
 from ..lm.bulk import MARKERS, draw_seed, read_reply
-from ..lm.decoding import model_lock
+from ..lm.model import model_lock
 from ..lm.generate import Reply
 from ..method import comparison as asking
 from ..method.critique import CRITIQUE_EXAMPLES, Ask, chain_steps, critique_shots, draw_principles

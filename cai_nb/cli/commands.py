@@ -184,7 +184,7 @@ def eval_command(
 ) -> None:
     "Evaluate a run's models again, or on the paper's suites, and print the tables."
     from cai_nb.runs.pipeline import evaluate_run
-    from cai_nb.measure.suite_files import parse_suite
+    from cai_nb.measure.suites import parse_suite
 
     typer.echo(evaluate_run(run, dict(map(parse_suite, suite)), cot))
 

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['MARKERS', 'draw_seed', 'read_reply', 'ask', 'session', 'converse', 'is_cut', 'extra_flags', 'lm_digest',
-           'stored_rows', 'refuse_strangers', 'sample_replies']
+           'stored_rows', 'refuse_strangers', 'refuse_others', 'sample_replies']
 
 # %% ../../nbs/lm/06_bulk.ipynb #daa329e3
+from collections.abc import Callable
 from contextlib import nullcontext
 
 from ..core.errors import CaiError
@@ -155,6 +156,23 @@ def refuse_strangers(
         f"{store.path}: {len(strangers)} of its {len(store)} {what} {why} (first: {store.key} "
         f"{strangers[0][store.key]}), expected those of this run only; name another file, or remove this one"
     )
+
+# %% ../../nbs/lm/06_bulk.ipynb #eb2fe902
+def refuse_others(
+    store: RowFile,
+    wanted: dict,  # place → id of the row that would stand there now
+    place: Callable[[dict], tuple],  # row → place: its model's name and what it was asked
+    what: str,  # the rows, for the message
+    field: str = "id",  # what is compared; "made_by" where rows of several settings may stand in a place
+) -> None:
+    "Raise if a file of several models' rows has others in the places that are asked for now."
+    others = [row for row in store if place(row) in wanted and row.get(field) != wanted[place(row)]]
+    if others:
+        how = " or with other settings" if field == "id" else ""
+        raise CaiError(
+            f"{store.path}: {len(others)} of its {len(store)} {what} were made by another model{how} (first: id "
+            f"{others[0]['id']}), and would stand beside those of this run; name another file, or remove this one"
+        )
 
 # %% ../../nbs/lm/06_bulk.ipynb #762999b0
 def sample_replies(

@@ -224,7 +224,7 @@ def chain_steps(
     layout: str = "chat",  # as in `critique_request`
     flag=None,  # as in `critique_revise`
 ):  # a generator: yields an `Ask`, is sent its answer as (text, flags), and returns `row`
-    "One chain from where `row` stands to its last principle; `row` holds at any moment what was said so far (paper §3.1)."
+    "One chain from where `row` stands to its last principle; `row` holds at any moment what was said (paper §3.1)."
     id, messages = prompt["id"], prompt["messages"]
     if row["response"] is None:
         text, flags = yield Ask(messages, draw_seed(seed, id, 0, "response"), 0, "response", row)
@@ -247,6 +247,24 @@ def chain_steps(
         talk = ["meta_talk"] if is_meta_talk(text) else []
         row["flags"] += [f"step{n}:{f}" for f in [*flags, *talk, *extra_flags(flag, prompt, text)]]
     return row
+
+# %% ../../nbs/method/01_critique.ipynb #1864e9ae
+_PROBE = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+
+
+def _new_chain(unit: dict) -> dict:
+    "A row of chains.jsonl before anything was said."
+    return {"id": unit["id"], "prompt_id": unit["prompt"]["id"], "response": None, "steps": [], "flags": []}
+
+
+def _script(chain, answer):
+    "A chain for `converse`, from the answer to what it asked first."
+    while True:
+        try:
+            asked = chain.send(answer)
+        except StopIteration as end:
+            return end.value
+        answer = yield asked.conversation, asked.seed
 
 # %% ../../nbs/method/01_critique.ipynb #a4ca51bc
 def critique_revise(
@@ -271,15 +289,14 @@ def critique_revise(
     constitution.pool("critique")  # none is an error, before any work is done
     examples = critique_shots(few_shot or (), layout, critiques)
     sampling = [lm_digest(lm), seed, temperature, max_new_tokens]
-    making = [constitution.digest, n_revisions, critiques, examples, layout, *sampling]  # what decides a row
+    wording = revision_request(_PROBE, Principle("probe", critique="?", revision="!"), "…", layout)
+    making = [constitution.digest, n_revisions, critiques, examples, wording, *sampling]  # what decides a row
 
     def work(batch):
+        drawn = {u["id"]: draw_principles(constitution, u["prompt"]["id"], n_revisions, seed) for u in batch}
         chains = [
-            chain_steps(
-                _new_chain(unit), unit["prompt"], draw_principles(constitution, unit["prompt"]["id"], n_revisions, seed),
-                seed, critiques, examples, layout, flag,
-            )
-            for unit in batch
+            chain_steps(_new_chain(u), u["prompt"], drawn[u["id"]], seed, critiques, examples, layout, flag)
+            for u in batch
         ]
         with session(lm) as reader:  # what was read for the response is not read again for its critique
             first = [next(chain) for chain in chains]  # by themselves: no examples stand in front of these
@@ -290,20 +307,6 @@ def critique_revise(
 
     units = [{"id": row_id("chain", p["id"], p["messages"], *making), "prompt": p} for p in prompts]
     return stored_rows(units, work, batch_size, out, what="chains")
-
-def _new_chain(unit: dict) -> dict:
-    "A row of chains.jsonl before anything was said."
-    return {"id": unit["id"], "prompt_id": unit["prompt"]["id"], "response": None, "steps": [], "flags": []}
-
-
-def _script(chain, answer):
-    "A chain for `converse`, from the answer to what it asked first."
-    while True:
-        try:
-            asked = chain.send(answer)
-        except StopIteration as end:
-            return end.value
-        answer = yield asked.conversation, asked.seed
 
 # %% ../../nbs/method/01_critique.ipynb #66b4f358
 def revisions(

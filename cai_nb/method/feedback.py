@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..core.errors import CaiError
+from ..core.principle import Principle
 from ..core.rows import RowFile, row_id
 from ..lm.bulk import ask, draw_seed, extra_flags, is_cut, lm_digest, session, stored_rows
 from cai_nb.method.comparison import (
@@ -63,8 +64,9 @@ def sample_pairs(
     return stored_rows(units, work, batch_size, out, what="pairs")
 
 
-def _pair_row(unit, a, b):
-    flags = [f"{which}:{f}" for which, (_, of_reply) in zip("ab", (a, b)) for f in of_reply]
+def _pair_row(unit: dict, a: tuple, b: tuple) -> dict:
+    "A row of pairs.jsonl from two replies, each (text, flags)."
+    flags = [f"a:{flag}" for flag in a[1]] + [f"b:{flag}" for flag in b[1]]
     flags += ["identical"] if a[0] == b[0] else []
     return {"id": unit["id"], "prompt_id": unit["prompt"]["id"], "responses": [a[0], b[0]], "flags": flags}
 
@@ -77,7 +79,7 @@ class _Question:
     order: str  # "ab", or "ba" with the options swapped
     chain: int = 0  # which of several chains of thought
 
-
+# %% ../../nbs/method/04_feedback.ipynb #5615277d
 @dataclass(frozen=True)
 class _Judging:
     "How pairs are labelled: all that decides a label but the model and the pair."
@@ -173,8 +175,10 @@ def _made_by(lm, judging: _Judging, pairs: list[dict], messages: dict) -> dict[s
     "For each pair's id what decides its label: a digest for each of `_MADE`."
     j = judging
     principles = row_id([[p.id, p.comparison, p.weight] for p in j.constitution.comparison_principles])
+    probe = [{"role": "user", "content": "?"}], ["a", "b"], Principle("probe", comparison="Which?")
+    wording = comparison_context(*probe, j.layout, j.cot)
     reasoning = [j.n_cot, j.temperature, j.max_new_tokens] if j.cot else None
-    settings = row_id(j.layout, j.examples, j.clamp, j.n_principles, j.both_orders, j.seed, reasoning)
+    settings = row_id(wording, j.examples, j.clamp, j.n_principles, j.both_orders, j.seed, reasoning)
     of_all = {"model": lm_digest(lm), "principles": principles, "settings": settings}
     return {pair["id"]: of_all | {"pair": row_id(messages[pair["prompt_id"]], pair["responses"])} for pair in pairs}
 
@@ -188,6 +192,17 @@ def _check_stored(out, made_by: dict[str, dict]) -> None:
         differ = [says for part, says in _MADE.items() if (found or {}).get(part) != expected[part]]
         how = f"was made {', '.join(differ)}" if found else "does not say by what it was made"
         raise CaiError(f"{out}: label of pair {row['pair_id']} {how}; name another file, or remove this one")
+
+# %% ../../nbs/method/04_feedback.ipynb #d66979a4
+def _messages_of(pairs, prompts):
+    "Messages by prompt id; a pair without its prompt is an error."
+    messages = {p["id"]: p["messages"] for p in prompts}
+    if lost := [pair["id"] for pair in pairs if pair["prompt_id"] not in messages]:
+        raise CaiError(
+            f"pair {lost[0]}: found no prompt of it among the {len(messages)} given ({len(lost)} pairs like this);"
+            " give the prompts that the pairs were sampled for"
+        )
+    return messages
 
 # %% ../../nbs/method/04_feedback.ipynb #1e215989
 def label_preferences(
@@ -228,17 +243,6 @@ def label_preferences(
 
     return stored_rows([{"id": p["id"], "pair": p} for p in pairs], work, batch_size, out, what="labels", key="pair_id")
 
-
-def _messages_of(pairs, prompts):
-    "Messages by prompt id; a pair without its prompt is an error."
-    messages = {p["id"]: p["messages"] for p in prompts}
-    if lost := [pair["id"] for pair in pairs if pair["prompt_id"] not in messages]:
-        raise CaiError(
-            f"pair {lost[0]}: found no prompt of it among the {len(messages)} given ({len(lost)} pairs like this);"
-            " give the prompts that the pairs were sampled for"
-        )
-    return messages
-
 # %% ../../nbs/method/04_feedback.ipynb #c952cc91
 def position_bias(
     labels: list,  # rows of labels.jsonl, labelled with both orders
@@ -271,8 +275,8 @@ def check_judge(
     found = {"turned": turned, "n": n, "bias": round(position_bias(labels), 4)}
     if n >= least and turned > most * n:
         raise CaiError(
-            f"labels: the verdict turns with the order of the options in {turned} of {n} questions (mean probability of (A)"
-            f" {found['bias']:.2f}); the feedback model does not read the replies: use a larger one, labels.few_shot=true, or"
-            " the layout that it was trained on"
+            f"labels: the verdict turns with the order of the options in {turned} of {n} questions (mean probability of"
+            f" (A) {found['bias']:.2f}); the feedback model does not read the replies: use a larger one,"
+            " labels.few_shot=true, or the layout that it was trained on"
         )
     return found

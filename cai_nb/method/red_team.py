@@ -117,7 +117,8 @@ def read_prompt(
 def _unquoted(text: str) -> str:
     "Text without the pair of quotation marks around the whole of it."
     marks, inner = text[:1] + text[1:][-1:], text[1:-1]
-    whole = marks in ('""', "''", "“”", "‘’", "«»", "„“") and not set(marks) & set('"“”«»„') & set(inner)
+    pairs = ('""', "''", "“”", "‘’", "«»", "„“")
+    whole = marks in pairs and not set(marks) & set('"“”«»„') & set(inner)
     return inner.strip() if whole else text
 
 # %% ../../nbs/method/00_red_team.ipynb #bd5e1ea5
@@ -273,6 +274,17 @@ class _Harvest:
                           "source": f"generated:{draw['draw']}"})
         return True
 
+# %% ../../nbs/method/00_red_team.ipynb #283b2bf5
+def _check_draws(store: RowFile, making: str) -> None:
+    "Raise if a file holds draws of another model, of other examples or settings."
+    strangers = [row["id"] for row in store if row["id"] != row_id(making, row.get("draw"))]
+    if strangers:
+        raise CaiError(
+            f"{store.path}: {len(strangers)} of its {len(store)} draws come from another model, other examples or "
+            f"settings (first: id {strangers[0]}), expected those of this run only; name another file, or remove this "
+            "one"
+        )
+
 # %% ../../nbs/method/00_red_team.ipynb #687081fb
 def generate_prompts(
     lm,  # an `LM`; the paper: the pretrained one
@@ -292,7 +304,7 @@ def generate_prompts(
     eval_fraction: float = 0.1,  # as in `split_of`
     max_draws: int | None = None,  # None: four for each prompt wanted, at least 64
 ) -> tuple[list[dict], DrawReport]:  # rows {id, messages, kind, split, source}, and the fate of every draw
-    "Let a model write `n` new prompts, each from fresh examples (paper §3.2); fewer if it cannot, and the report says so."
+    "Let a model write `n` new prompts, each from fresh examples (paper §3.2); fewer if it cannot: see the report."
     if kind not in PROMPT_KINDS or n < 0 or shots < 1:
         raise CaiError(f"kind={kind!r}, n={n}, shots={shots}: expected harmful or helpful, 0 or more, and 1 or more")
     pool, about = _example_prompts(examples, kind), about or PROMPT_KINDS[kind]
@@ -318,13 +330,3 @@ def generate_prompts(
             bar.update(harvest.take(draw))
     bar.close()
     return harvest.rows, _draw_report(n, harvest.fates)
-
-
-def _check_draws(store: RowFile, making: str) -> None:
-    "Raise if a file holds draws of another model, of other examples or settings."
-    strangers = [row["id"] for row in store if row["id"] != row_id(making, row.get("draw"))]
-    if strangers:
-        raise CaiError(
-            f"{store.path}: {len(strangers)} of its {len(store)} draws come from another model, other examples or settings "
-            f"(first: id {strangers[0]}), expected those of this run only; name another file, or remove this one"
-        )

@@ -47,7 +47,7 @@ def compared(
 def _plain_answers(run: Run, lms: dict, prompts: list[dict], name: str) -> list[dict]:
     "Answers to prompts of a file, which no judge looks at."
     from cai_nb.lm.bulk import sample_replies
-    from cai_nb.measure.rates import prompt_text
+    from cai_nb.measure.judging import prompt_text
 
     e, found = run.settings(EvalSettings, "eval"), []
     for model, lm in lms.items() if prompts else ():
@@ -67,7 +67,7 @@ def answer(
     only: tuple = (*EVAL_SETS, None),  # sets; None: prompts of a file
 ) -> list[dict]:  # rows: model, set, prompt_id, prompt, response, and with a judge kind and reason
     "Every model answers the evaluation prompts of a run."
-    from cai_nb.measure.rates import evaluate_models
+    from cai_nb.measure.judging import evaluate_models
 
     e, judge = run.settings(EvalSettings, "eval"), judge_of(run)
     held_out = [row for row in run.rows("prompts.jsonl") if row["split"] == "eval"]
@@ -131,7 +131,7 @@ def evaluate_snapshots(
     run: Run,
 ) -> list[dict]:  # {"step", "score": {set: mean}, "kinds": {set: {kind: rate}}}
     "Proxy and, with a judge, truth along RL training (paper §4.3)."
-    from cai_nb.measure.rates import tally
+    from cai_nb.measure.judging import tally
 
     folders, n = snapshot_folders(run), run.recipe["eval"]["snapshots"]
     if not folders or not n:
@@ -187,7 +187,7 @@ def judged_measures(
     samples: list[dict],  # of `answer`
 ) -> dict:  # for metrics.json
     "Agreement of the labels with the judge, and accuracy of the preference model on unseen topics."
-    from cai_nb.measure.rates import label_agreement, preference_accuracy
+    from cai_nb.measure.judging import label_agreement, preference_accuracy
 
     prompts, pairs, labels = (run.rows(f"{name}.jsonl") for name in ("prompts", "pairs", "labels"))
     with _preference_model(run) as scorer:
@@ -206,7 +206,7 @@ def draw_figures(
     from cai_nb.measure.figures import (
         figure_calibration, figure_outcomes, figure_revisions, figure_training, save_figures,
     )
-    from cai_nb.measure.rates import calibration, kinds_by_revision, tally
+    from cai_nb.measure.judging import calibration, kinds_by_revision, tally
 
     prompts, pairs, labels, chains = (run.rows(f"{name}.jsonl") for name in ("prompts", "pairs", "labels", "chains"))
     log = read_json_lines(run.file("rl/trainer_log.jsonl"))
@@ -221,7 +221,7 @@ def draw_figures(
 def _eval(run: Run) -> dict:
     "eval/: replies, metrics, figures."
     from cai_nb.measure.elo import elo_table
-    from cai_nb.measure.rates import tally
+    from cai_nb.measure.judging import tally
 
     with compared(run) as lms:
         samples = answer(run, lms, "samples")

@@ -12,7 +12,8 @@ from pathlib import Path
 from ..core.files import file_digest, read_json
 from ..core.rows import row_id
 from ..measure.figures import CAPTIONS
-from ..measure.rates import TITLES, kinds_by_revision, table_rows
+from ..measure.rates import TITLES, table_rows
+from ..measure.judging import kinds_by_revision
 from .reading import FILES, Records, records, stamp, tried
 from .recipe import STAGES
 from .roles import judge_of

@@ -234,7 +234,7 @@ def plan_recipe(
     pace, sizes, itemsize = pace_of(run, [row["messages"] for row in train["harmful"]])
     work = work_of(Amounts(
         recipe, len(train["harmful"]) + recipe["prompts"]["generate"],
-        len(train["helpful"]) + recipe["helpfulness"]["generate"], len(comparisons_of(run)),
+        len(train["helpful"]) + recipe["helpfulness"]["generate"], len(comparisons_of(run, held_out)[0]),
         evaluated_prompts(recipe, held_out), pace.prompt, pace.reply, pace.critique))
     lines = [f"{recipe['name']}: {len(train['harmful'])} red-team and {len(train['helpful'])} helpfulness prompts, "
              f"constitution {run.constitution.name}", "", *_work_lines(work, pace), "", f"pace: {pace.source}"]

@@ -130,7 +130,8 @@ class Records:
         source = self.run.recipe["helpfulness"]["comparisons"]
         if source not in (None, "mini") and not Path(source).exists():
             return None
-        return {row["id"]: row for row in comparisons_of(self.run)}
+        kept, _ = comparisons_of(self.run, list(self.files["prompts"].whole()))
+        return {row["id"]: row for row in kept}
 
 # %% ../../nbs/runs/08_reading.ipynb #c7267f8c
 _BESIDE = ("recipe.yaml", "manifest.json", "constitution.yaml", "rl/metrics.json")  # what else is read

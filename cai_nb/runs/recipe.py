@@ -213,7 +213,10 @@ def read_recipe(
     if not path.is_file():
         raise CaiError(f"{folder}: no recipe.yaml, so this is no run folder; "
                        f"make one with: cai-nb run mini --out {folder}")
-    return filled(_parsed(path), all_defaults())
+    written = _parsed(path)
+    if "base" not in written:
+        raise CaiError(f"{path}: no key base, so this is no run folder; make one with: cai-nb run mini --out {folder}")
+    return filled(written, all_defaults())
 
 
 def load_run(

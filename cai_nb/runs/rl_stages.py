@@ -130,18 +130,19 @@ LABELS = Stage(
 # %% ../../nbs/runs/05_rl_stages.ipynb #b034e78d
 def comparisons_of(
     run: Run,
-) -> list[dict]:  # rows {id, messages, chosen, rejected}
-    "Helpfulness comparisons of the recipe's source (paper §4.2: by people)."
-    h = run.settings(HelpfulnessSettings, "helpfulness")
+    prompts: list[dict],  # rows of prompts.jsonl
+) -> tuple[list[dict], list[dict]]:  # rows {id, messages, chosen, rejected}; those that open as an evaluation prompt does
+    "Helpfulness comparisons of the recipe's source to train on (paper §4.2: by people), and what must stay outside."
+    from cai_nb.core.prompts import load_comparisons, without_prompts
+
+    h, held_out = run.settings(HelpfulnessSettings, "helpfulness"), [row for row in prompts if row["split"] == "eval"]
     if h.comparisons is None:
-        return []
+        return [], []
     if h.comparisons == "mini":
         from cai_nb.mini.world import helpful_comparisons
 
-        return helpful_comparisons(h.comparisons_limit, run.recipe["seed"])
-    from cai_nb.core.prompts import load_comparisons
-
-    return load_comparisons(h.comparisons, limit=h.comparisons_limit)
+        return without_prompts(helpful_comparisons(h.comparisons_limit, run.recipe["seed"]), held_out)
+    return without_prompts(load_comparisons(h.comparisons, limit=h.comparisons_limit), held_out)
 
 
 def _preference_settings() -> dict[str, type]:
@@ -154,11 +155,12 @@ def _preference(run: Run) -> dict:
     "preference/: the preference model, on soft labels (paper §4.2)."
     from cai_nb.method.preference import PreferenceConfig, preference_rows, train_preference
 
-    comparisons = comparisons_of(run)
-    rows = preference_rows(run.rows("prompts.jsonl"), run.rows("pairs.jsonl"), run.rows("labels.jsonl"), comparisons)
+    prompts, pairs, labels = (run.rows(f"{name}.jsonl") for name in ("prompts", "pairs", "labels"))
+    comparisons, outside = comparisons_of(run, prompts)
+    rows = preference_rows(prompts, pairs, labels, comparisons)
     config = run.settings(PreferenceConfig, "preference")
     metrics = train_preference(*base_of(run), rows, config, run.file("preference"), facts(run))
-    return {"rows": len(rows), "comparisons": len(comparisons)} | metrics
+    return {"rows": len(rows), "comparisons": len(comparisons), "comparisons_left_out": len(outside)} | metrics
 
 
 def _preference_work(a: Amounts) -> Work:

@@ -18,7 +18,7 @@ import pytest
 
 from cai_nb.app import votes as engine
 from cai_nb.app.votes import VOTE_FIELDS, VOTE_QUESTIONS, Arena, Ballot, Votes, draw_ballot, export_rows, standings
-from cai_nb.app.models import Models
+from cai_nb.app.models import Models, load_run
 from cai_nb.core.errors import CaiError
 from cai_nb.core.constitution import Constitution
 from cai_nb.measure.elo import CHOICES
@@ -201,6 +201,8 @@ def test_votes_on_other_weights_do_not_count(tmp_path):
 
 def test_the_export_is_what_the_preference_stage_reads(tmp_path):
     from cai_nb.method.preference import preference_rows
+    from cai_nb.runs.folder import Run
+    from cai_nb.runs.prompts_stage import HelpfulnessSettings
     from cai_nb.runs.rl_stages import comparisons_of
 
     votes = Votes(tmp_path)
@@ -212,10 +214,9 @@ def test_the_export_is_what_the_preference_stage_reads(tmp_path):
     rows, out = export_rows(votes.rows(), "helpful")
     assert out == {"tie": 0, "both bad": 1, "empty answer": 1} and {r["about"] for r in rows} == {"helpful"}
     (tmp_path / "arena.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    run = SimpleNamespace(
-        recipe={"seed": 0, "helpfulness": {"comparisons": str(tmp_path / "arena.jsonl"), "comparisons_limit": None}}
-    )
-    read = preference_rows([], [], [], comparisons_of(run))
+    recipe = {"seed": 0, "helpfulness": vars(HelpfulnessSettings(comparisons=str(tmp_path / "arena.jsonl")))}
+    comparisons, _ = comparisons_of(Run(tmp_path, recipe), [])
+    read = preference_rows([], [], [], comparisons)
     assert [
         (r["prompt"][0]["content"], r["chosen"][0]["content"], r["rejected"][0]["content"], r["p"]) for r in read
     ] == [
@@ -238,7 +239,6 @@ from dataclasses import replace
 from test_votes import *
 from serving import free_port
 from cai_nb.app.arena_tab import ARENA
-from cai_nb.app.models import load_run
 from cai_nb.app.theme import look
 from cai_nb.app.wiring import Site
 torch.set_num_threads(1)

@@ -7,16 +7,11 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cai_nb.core.errors import CaiError
 from cai_nb.core.dialogue import (
-    encode_conversation,
-    encode_text,
-    ensure_chat_template,
-    format_transcript,
-    parse_transcript,
-    stop_texts,
+    encode_conversation, encode_text, ensure_chat_template, format_transcript, parse_transcript, stop_texts,
     stop_token_ids,
 )
+from cai_nb.core.errors import CaiError
 
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"

@@ -237,8 +237,8 @@ def test_every_request_of_minis_constitution_is_in_its_words():
     lessons = pytest.importorskip("cai_nb.mini.lessons")
     for principle in Constitution.load("mini").critique_principles:
         words = re.split(r", | or ", re.fullmatch(r"Look at the reply. Is that (.*)\?", principle.critique).group(1))
-        assert lessons.critique_request(words) == principle.critique
-        assert lessons.revision_request(words) == principle.revision
+        assert lessons.critique_question(words) == principle.critique
+        assert lessons.revision_demand(words) == principle.revision
 
 
 def test_paper_layout_is_the_papers_transcript():

@@ -1,4 +1,4 @@
-"""Whose rows they are: a file that is taken up again by another model, or in another way, is refused and left as it is."""
+"Whose rows they are: a file that is taken up by another model, or in another way, is refused and left as it is."
 
 from dataclasses import replace
 
@@ -14,6 +14,9 @@ from cai_nb.lm.bulk import lm_digest, sample_replies
 from cai_nb.lm.endpoint import EndpointLM
 from cai_nb.lm.generate import LocalLM
 from cai_nb.lm.model import load_model, lora_config
+from cai_nb.measure.judging import Verdict, evaluate_models
+from cai_nb.measure.multiple_choice import Asking, ask_questions
+from cai_nb.measure.suite_files import Question
 from cai_nb.method.critique import critique_revise
 from cai_nb.method.feedback import label_preferences, sample_pairs
 from cai_nb.method.red_team import generate_prompts
@@ -120,3 +123,34 @@ def test_a_server_is_known_by_what_it_serves_and_not_by_its_address():
               EndpointLM("http://localhost:1/v1", "a", tokenizer="mini")]
     assert len({lm.digest, *(other.digest for other in others)}) == 5
     assert lm_digest(ScriptedLM()) is None
+
+
+class Judge:
+    "Finds everything helpful."
+
+    def judge(self, messages, text):
+        return Verdict("helpful", "said so")
+
+    def rank(self, messages, text):
+        return 0
+
+
+def test_judged_replies_and_answers_to_suites_are_of_the_model_that_bears_the_name(tmp_path):
+    out, prompts = tmp_path / "samples.jsonl", {"harmful": PROMPTS}
+    _, rows = evaluate_models({"sl": named("one"), "rl": named("two")}, prompts, Judge(), out=out)
+    before = out.read_bytes()
+    for change in ({"rl": named("three")}, {"sl": named("one"), "rl": named("one")}):
+        with pytest.raises(CaiError, match="5 of its 10 judged replies were made by another model"):
+            evaluate_models(change, prompts, Judge(), out=out)
+    with pytest.raises(CaiError, match="with other settings"):
+        evaluate_models({"sl": named("one")}, prompts, Judge(), max_new_tokens=9, out=out)
+    assert out.read_bytes() == before
+    assert evaluate_models({"rl": named("two")}, {"harmful": PROMPTS[:3]}, Judge(), out=out)[1] == rows[5:8]
+
+    questions = [Question(f"q{i}", f"file:{i}", f"Which? {i}", ("yes", "no"), (" (A)", " (B)"), 0) for i in range(3)]
+    answers, cot = tmp_path / "suites.jsonl", Asking(cot=True, n_cot=2)
+    ask_questions(named("one"), "hhh", questions, "sl", out=answers)
+    with pytest.raises(CaiError, match="6 of its 6 answers were made by another model"):
+        ask_questions(named("two"), "hhh", questions, "sl", out=answers)
+    assert len(ask_questions(named("one"), "hhh", questions, "sl", cot, answers)) == 6  # beside those without
+    assert len(ask_questions(named("two"), "hhh", questions, "rl", out=answers)) == 6  # another name

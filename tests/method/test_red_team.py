@@ -16,7 +16,6 @@ from cai_nb.lm.generate import LocalLM, Reply
 from cai_nb.lm.model import load_model
 from cai_nb.method.red_team import (
     PROMPT_KINDS,
-    RED_TEAM_LAYOUTS,
     NearIndex,
     PromptFilter,
     _example_prompts,
@@ -282,7 +281,8 @@ def test_nothing_of_the_evaluation_comes_through():
 def test_rows_are_new_and_different_and_of_our_form():
     made, _ = generate_prompts(ScriptedLM(writes), ROWS, 150)
     assert len(made) == 150 == len({r["id"] for r in made}) and not {r["id"] for r in made} & {r["id"] for r in ROWS}
-    assert len({" ".join(_words_of(t)) for t in texts_of(made)} - {" ".join(_words_of(t)) for t in texts_of(ROWS)}) == 150
+    given, new = ({" ".join(_words_of(t)) for t in texts_of(rows)} for rows in (ROWS, made))
+    assert len(new - given) == 150
     for r in made:
         assert list(r) == ["id", "messages", "kind", "split", "source"] and r["id"] == row_id(r["messages"])
         assert [m["role"] for m in r["messages"]] == ["user"] and r["source"].startswith("generated:")

@@ -130,9 +130,8 @@ def test_every_sl_row_has_its_ancestry(tmp_path, changes):
 def test_every_preference_row_has_its_ancestry(tmp_path, held_out):
     folder = copy_of(tmp_path / "run", preference__held_out=held_out) if held_out else REFERENCE
     run, rows = load_run(folder), all_rows(folder, "preference")
-    real = preference_rows(
-        run.rows("prompts.jsonl"), run.rows("pairs.jsonl"), run.rows("labels.jsonl"), comparisons_of(run)
-    )
+    prompts = run.rows("prompts.jsonl")
+    real = preference_rows(prompts, run.rows("pairs.jsonl"), run.rows("labels.jsonl"), comparisons_of(run, prompts)[0])
     train, kept = split_rows(real, run.settings(PreferenceConfig, "preference").held_out, run.recipe["seed"])
     told = lambda row: (asked(row["prompt"]), row["chosen"][0]["content"], row["rejected"][0]["content"])
     used, measured = Counter(), Counter()
