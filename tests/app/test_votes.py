@@ -11,14 +11,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from cai_nb.app import votes as engine
 from cai_nb.app.votes import VOTE_FIELDS, VOTE_QUESTIONS, Arena, Ballot, Votes, draw_ballot, export_rows, standings
-from cai_nb.app.models import Models, load_run
+from cai_nb.app.models import Models
 from cai_nb.core.errors import CaiError
 from cai_nb.core.constitution import Constitution
 from cai_nb.measure.elo import CHOICES
