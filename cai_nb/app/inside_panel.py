@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import gradio as gr
+from fastcore.basics import patch
 
 from .answers import is_unknown, talks_of
 from .cards import ASK_FIRST, NOTHING_SAID, critique_html, preference_html
@@ -17,8 +18,7 @@ from .watch import criticise, prefer
 from .wiring import AT_ONCE, MODEL, Site, api, as_message, in_line
 
 # %% auto #0
-__all__ = ['Fold', 'InsidePanel', 'lay_out_folds', 'lay_out_principles', 'answered_talks', 'Inside', 'connect_inside',
-           'inside_endpoints']
+__all__ = ['Fold', 'InsidePanel', 'lay_out_folds', 'lay_out_principles', 'Inside', 'connect_inside', 'inside_endpoints']
 
 # %% ../../nbs/app/12_inside_panel.ipynb #29454f92
 _FOLDS = {"critique": "Critique and revision", "preference": "Preferred to the others?"}
@@ -65,7 +65,7 @@ def lay_out_principles(site: Site) -> dict[str, gr.Dropdown]:
                 "preference": choice("preference", "Prefer by", c.comparison_principles)}
 
 # %% ../../nbs/app/12_inside_panel.ipynb #fe2cb4e1
-def answered_talks(turns: list[dict], columns: list[str]) -> dict[str, list[dict]]:
+def _answered_talks(turns: list[dict], columns: list[str]) -> dict[str, list[dict]]:
     "Every column's conversation up to its last answer."
     *before, last = turns
     talks = talks_of(before, last["prompt"], columns)
@@ -90,46 +90,52 @@ class Inside:
         others = {tuple(fold) for fold in opened} - {(kind, place)}
         return sorted(others | {(kind, place)} if is_open else others)
 
-    def unfolded(self, state, opened, critic, judge, request: gr.Request):
-        "Work out what the open folds show: critiques of those columns, preferences between all."
-        if not state["turns"]: return
-        last, columns = state["turns"][-1], self.site.columns
-        if is_unknown(last["answers"]):
-            yield dict.fromkeys(self.panel.shown, NOTHING_SAID)
-            return
-        halted = self.site.switches.start(request.session_hash, "inside").is_set
-        with as_message():
-            critic = choose_principle(self.site.constitution, critic, last["seed"])
-            judge = choose_principle(self.site.constitution, judge, last["seed"], "comparison")
-        places = [place for kind, place in opened if kind == "critique" and place < len(columns)]
-        wanted = [columns[place] for place in places if columns[place] in last["answers"]]
-        if wanted: yield from self.critiques(state, wanted, critic, halted)
-        if any(kind == "preference" for kind, _ in opened) and not halted():
-            yield from self.preferences(state, judge, halted)
+# %% ../../nbs/app/12_inside_panel.ipynb #e4eda06c
+@patch
+def unfolded(self: Inside, state, opened, critic, judge, request: gr.Request):
+    "Work out what the open folds show: critiques of those columns, preferences between all."
+    if not state["turns"]: return
+    last, columns = state["turns"][-1], self.site.columns
+    if is_unknown(last["answers"]):
+        yield dict.fromkeys(self.panel.shown, NOTHING_SAID)
+        return
+    halted = self.site.switches.start(request.session_hash, "inside").is_set
+    with as_message():
+        critic = choose_principle(self.site.constitution, critic, last["seed"])
+        judge = choose_principle(self.site.constitution, judge, last["seed"], "comparison")
+    places = [place for kind, place in opened if kind == "critique" and place < len(columns)]
+    wanted = [columns[place] for place in places if columns[place] in last["answers"]]
+    if wanted: yield from self.critiques(state, wanted, critic, halted)
+    if any(kind == "preference" for kind, _ in opened) and not halted():
+        yield from self.preferences(state, judge, halted)
 
-    def critiques(self, state, wanted, principle, halted):
-        "Stream critiques and revisions of some columns' last answers."
-        last, columns, folds = state["turns"][-1], self.site.columns, self.panel.folds["critique"]
-        found = dict.fromkeys(wanted, {})
-        def shown(now):
-            return {folds[columns.index(c)].shown: critique_html(principle, last["answers"][c], found[c], now)
-                    for c in wanted}
-        yield shown("writing")
-        talks = answered_talks(state["turns"], wanted)
-        for found in criticise(self.site.models, talks, principle, last["seed"], halted): yield shown("writing")
-        yield shown("done")
 
-    def preferences(self, state, principle, halted):
-        "Stream the feedback model's choice between the last answers."
-        *before, last = state["turns"]
-        columns, folds, found = self.site.columns, self.panel.folds["preference"], {}
-        titles = {c: self.site.title(c) for c in columns}
-        def shown():
-            return {folds[columns.index(c)].shown: preference_html(titles, c, principle, found)
-                    for c in last["answers"] if c in columns}
-        yield shown()
-        talk = talks_of(before, last["prompt"], columns[:1])[columns[0]]
-        for found in prefer(self.site.models, talk, last["answers"], principle, last["seed"], halted): yield shown()
+@patch
+def critiques(self: Inside, state, wanted, principle, halted):
+    "Stream critiques and revisions of some columns' last answers."
+    last, columns, folds = state["turns"][-1], self.site.columns, self.panel.folds["critique"]
+    found = dict.fromkeys(wanted, {})
+    def shown(now):
+        return {folds[columns.index(c)].shown: critique_html(principle, last["answers"][c], found[c], now)
+                for c in wanted}
+    yield shown("writing")
+    talks = _answered_talks(state["turns"], wanted)
+    for found in criticise(self.site.models, talks, principle, last["seed"], halted): yield shown("writing")
+    yield shown("done")
+
+
+@patch
+def preferences(self: Inside, state, principle, halted):
+    "Stream the feedback model's choice between the last answers."
+    *before, last = state["turns"]
+    columns, folds, found = self.site.columns, self.panel.folds["preference"], {}
+    titles = {c: self.site.title(c) for c in columns}
+    def shown():
+        return {folds[columns.index(c)].shown: preference_html(titles, c, principle, found)
+                for c in last["answers"] if c in columns}
+    yield shown()
+    talk = talks_of(before, last["prompt"], columns[:1])[columns[0]]
+    for found in prefer(self.site.models, talk, last["answers"], principle, last["seed"], halted): yield shown()
 
 # %% ../../nbs/app/12_inside_panel.ipynb #9c4b368e
 def connect_inside(panel: InsidePanel, inside: Inside, state: gr.State, status: gr.HTML):
@@ -151,7 +157,7 @@ def inside_endpoints(site: Site):
     def look_inside(prompt: str, answer: str, principle: str = "", seed: int = 0) -> Iterator[dict]:
         "The base model's critique of an answer by a principle (its id; empty: drawn), and the revision; streamed."
         by = choose_principle(site.constitution, principle, int(seed))
-        talks = answered_talks([{"prompt": checked_prompt(prompt), "answers": {"it": answer}}], ["it"])
+        talks = _answered_talks([{"prompt": checked_prompt(prompt), "answers": {"it": answer}}], ["it"])
         for found in criticise(site.models, talks, by, int(seed)): yield {"principle": by.id, **found["it"]}
 
     def prefer_answers(prompt: str, answers: dict, principle: str = "", seed: int = 0) -> Iterator[list]:

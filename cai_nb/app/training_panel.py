@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import gradio as gr
+from fastcore.basics import patch
 
 from .draft import changes, checked_text, read_draft
 from .requests import checked_choice
@@ -72,7 +73,7 @@ class TrainingPanel:
         return [self.bar, self.timer, self.cancel, self.leave, self.seen, self.news, self.joined, self.former,
                 self.trained]
 
-
+# %% ../../nbs/app/16_training_panel.ipynb #8cc372bf
 def lay_out_training(site: Site) -> TrainingPanel:
     "What is trained, how far it is, and what was trained before."
     with gr.Column(elem_classes="unseen"):
@@ -143,25 +144,29 @@ class TrainingHere:
         if following := self.bench.next: self.bench.cancel(following.id)
         return self.tick("")
 
-    def tick(self, seen) -> dict:
-        "The page as things stand: the bar, and the rest if it has changed since."
-        now, following = self.bench.look(), self.bench.next
-        title = self.titles.get(now.id, "") if now and now.state == "done" else ""
-        bar = {self.panel.bar: _training_html(now, title, following)}
-        stage = f"{now.id} {now.state} {now.stage} {following and following.id}" if now else "nothing"
-        if stage == seen: return bar
-        return {**bar, self.panel.seen: stage, **self.changed(now, following)}
+# %% ../../nbs/app/16_training_panel.ipynb #10f33154
+@patch
+def tick(self: TrainingHere, seen) -> dict:
+    "The page as things stand: the bar, and the rest if it has changed since."
+    now, following = self.bench.look(), self.bench.next
+    title = self.titles.get(now.id, "") if now and now.state == "done" else ""
+    bar = {self.panel.bar: _training_html(now, title, following)}
+    stage = f"{now.id} {now.state} {now.stage} {following and following.id}" if now else "nothing"
+    if stage == seen: return bar
+    return {**bar, self.panel.seen: stage, **self.changed(now, following)}
 
-    def changed(self, now: Training | None, following: Training | None) -> dict:
-        "Buttons, lists and columns."
-        busy, panel = now is not None and now.state == "running", self.panel
-        at_rest = [t for t in self.bench.trainings() if t.state not in ("running", "waiting")]
-        former = [(f"{_named(t)} ({t.state})", t.id) for t in at_rest]
-        return {panel.news: note(f"Training: {now.stage or 'starting'}." if busy else ""),
-                panel.timer: gr.Timer(active=busy), panel.cancel: gr.update(interactive=busy),
-                panel.leave: gr.update(visible=bool(following)), panel.joined: ",".join(self.site.models.adapters),
-                panel.former: gr.update(visible=bool(former)),
-                panel.trained: gr.update(choices=former, value=former[0][1] if former else None)}
+
+@patch
+def changed(self: TrainingHere, now: Training | None, following: Training | None) -> dict:
+    "Buttons, lists and columns."
+    busy, panel = now is not None and now.state == "running", self.panel
+    at_rest = [t for t in self.bench.trainings() if t.state not in ("running", "waiting")]
+    former = [(f"{_named(t)} ({t.state})", t.id) for t in at_rest]
+    return {panel.news: note(f"Training: {now.stage or 'starting'}." if busy else ""),
+            panel.timer: gr.Timer(active=busy), panel.cancel: gr.update(interactive=busy),
+            panel.leave: gr.update(visible=bool(following)), panel.joined: ",".join(self.site.models.adapters),
+            panel.former: gr.update(visible=bool(former)),
+            panel.trained: gr.update(choices=former, value=former[0][1] if former else None)}
 
 # %% ../../nbs/app/16_training_panel.ipynb #9405b6f2
 def connect_training(

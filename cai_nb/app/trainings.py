@@ -272,7 +272,7 @@ def column_of(
     digest = digest_of(folder)
     return next((c for c in models.adapters if models.digests.get(c) == digest), None)
 
-
+# %% ../../nbs/app/06_trainings.ipynb #2114f91f
 def join(
     models: Models,
     name: str,     # the column, of `next_column`

@@ -21,7 +21,7 @@ from ..core.principle import Principle
 from ..runs.markup import esc, note
 
 # %% auto #0
-__all__ = ['TRIAL_STYLE', 'TrialPanel', 'lay_out_trial', 'mini_remark', 'Trying', 'connect_trial', 'trial_endpoint']
+__all__ = ['TRIAL_STYLE', 'TrialPanel', 'lay_out_trial', 'mini_remark', 'connect_trial', 'trial_endpoint']
 
 # %% ../../nbs/app/15_trial_panel.ipynb #4e8dfa9c
 def _tried_html(
@@ -107,7 +107,7 @@ def mini_remark(
     return " ".join(told)
 
 # %% ../../nbs/app/15_trial_panel.ipynb #95ca1b82
-class Trying:
+class _Trying:
     "What happens when a principle is tried."
 
     def __init__(self, panel: TrialPanel, site: Site): self.panel, self.site = panel, site
@@ -159,7 +159,7 @@ def connect_trial(
     site: Site,
 ) -> None:
     "Which event follows which click."
-    trying, checks = Trying(panel, site), validated(checked_prompt, *[None] * (2 + len(fields)))
+    trying, checks = _Trying(panel, site), validated(checked_prompt, *[None] * (2 + len(fields)))
     trial = dict(fn=trying.attempt, inputs=[panel.prompt, panel.seed, panel.tried, *fields],
                  outputs=[panel.status, panel.stop, panel.shown, panel.tried], trigger_mode="always_last",
                  validator=checks, **in_line(panel.status))

@@ -105,8 +105,8 @@ def test_a_burst_of_200_with_a_quarter_leaving(server):
     not hasattr(libc, "mallinfo2"), reason="only glibc (2.33 or later) says how much of its memory is in use"
 )
 def test_a_thousand_requests_leave_nothing_behind(server):
-    """Counted is what the server holds. What the system has given it grows longer, to no purpose of ours: glibc keeps what
-    was freed, in a heap for each thread, and 1,700 requests doubled that from 64 to 148 MiB while 240 stayed in use."""
+    """Counted is what the server holds. What the system has given it grows longer, to no purpose of ours: glibc keeps
+    what was freed, in a heap for each thread, and 1,700 requests doubled that from 64 to 148 MiB with 240 in use."""
     url, process = server
 
     def many(n):

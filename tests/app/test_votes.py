@@ -11,14 +11,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from cai_nb.app import votes as engine
 from cai_nb.app.votes import VOTE_FIELDS, VOTE_QUESTIONS, Arena, Ballot, Votes, draw_ballot, export_rows, standings
-from cai_nb.app.models import Models, load_run
+from cai_nb.app.models import Models
 from cai_nb.core.errors import CaiError
 from cai_nb.core.constitution import Constitution
 from cai_nb.measure.elo import CHOICES
@@ -41,10 +40,11 @@ def ballot(i=0, a="sl", b="rl", **changes):
 
 
 def python(code, *args):
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, args)],
         cwd=HERE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])},
+        env=os.environ | {"PYTHONPATH": path},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
