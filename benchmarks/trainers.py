@@ -2,17 +2,20 @@
 
     python benchmarks/trainers.py [--repeats 5] [--steps 20] [--only sft reward grpo]
 
-Same rows, steps, batch (what our stages have as default), rate, loss and LoRA, in float32 on one thread of the CPU, on the embedded model.
-The two take turns, and CPU time is counted, not time on the clock, so that other work on the machine matters little. TRL is used as its
-documentation shows: conversational data sets, `peft_config`, its own defaults. For GRPO it gets the SL adapter on a model of its own, and a
-separate `AutoModelForSequenceClassification` with the adapter merged into it.
+Same rows, steps, batch (what our stages have as default), rate, loss and LoRA, in float32 on one thread of the CPU,
+on the embedded model. The two take turns, and CPU time is counted, not time on the clock, so that other work on the
+machine matters little. TRL is used as its documentation shows: conversational data sets, `peft_config`, its own
+defaults. For GRPO it gets the SL adapter on a model of its own, and a separate `AutoModelForSequenceClassification`
+with the adapter merged into it.
 
-The table shows the whole training, then steps alone (sampling, scores, forward, backward), then what went through ours for one of theirs:
-positions, padding counted, and tokens learnt from. In RL these are sampled, so they differ; every pair of runs has a seed of its own.
+The table shows the whole training, then steps alone (sampling, scores, forward, backward), then what went through
+ours for one of theirs: positions, padding counted, and tokens learnt from. In RL these are sampled, so they differ;
+every pair of runs has a seed of its own.
 
-What differs. Ours: rows of similar length share a batch; labels are checked; RL samples with its own loop and keeps policy, reference and
-preference model on one base; its adapters are loaded, the base is proved unchanged, gradients and replies are watched; a checkpoint is
-written after the last step, then the adapter and its card. TRL: its models are loaded before the measuring begins, and it saves nothing.
+What differs. Ours: rows of similar length share a batch; labels are checked; RL samples with its own loop and keeps
+policy, reference and preference model on one base; its adapters are loaded, the base is proved unchanged, gradients
+and replies are watched; a checkpoint is written after the last step, then the adapter and its card. TRL: its models
+are loaded before the measuring begins, and it saves nothing.
 
 Writes benchmarks/results/trainers.json when all three were measured.
 """
@@ -88,7 +91,7 @@ class Rows:
     def __init__(self, stage, steps):
         self.steps, n, rng = steps, steps * BATCH[stage], random.Random(0)
         said = lambda p, sort: [
-            {"role": "assistant", "content": world.answer(oracle.find_topic(p["messages"][0]["content"]), sort, rng)}
+            {"role": "assistant", "content": world.write_reply(oracle.find_topic(p["messages"][0]["content"]), sort, rng)}
         ]
         better = lambda p: "objection" if p["kind"] == "harmful" else "comply"
         worse = lambda p: rng.choice([sort for sort in world.SORTS[:4] if sort != better(p)])
@@ -190,7 +193,7 @@ def weights(trainer):
 
 @contextmanager
 def watched(trainer_class):
-    "Counts what goes through the loss of a trainer and of its subclasses: rows, tokens learnt from, positions; and the time within steps"
+    "Counts what goes through the loss of a trainer and its subclasses: rows, tokens learnt, positions; times steps"
     seen = {"in_steps": 0., "steps": 0, "rows": 0, "learnt": 0, "positions": 0, "weights": 0}
     loss, step = trainer_class.compute_loss, trainer_class.training_step
     def compute_loss(self, model, inputs, *args, **kwargs):
@@ -225,7 +228,7 @@ def timed(stage, train):
 
 
 def measure(stage, repeats=5, steps=20):
-    "Runs of both kinds in turn, each pair with a seed of its own: what was found in every run, the pairs' ratios of time and their median"
+    "Runs of both kinds in turn, each pair with a seed of its own: what was found, the ratios of time and their median"
     base, tokenizer = mini()
     rows, runs = Rows(stage, steps), {"ours": [], "trl": []}
     with TemporaryDirectory() as folder:
@@ -288,7 +291,8 @@ def main():
     transformers.logging.disable_progress_bar()
     found, load = {}, [round(os.getloadavg()[0], 2)]
     print(
-        f"{'CPU time':<12}ours       TRL   ratio   of the pairs   <= {MUST:<5}in steps   positions   learnt   weights in memory"
+        f"{'CPU time':<12}ours       TRL   ratio   of the pairs   <= {MUST:<5}in steps   positions   learnt"
+        "   weights in memory"
     )
     for stage in args.only:
         found[stage] = measure(stage, args.repeats, max(1, args.steps // SLOWER[stage]))

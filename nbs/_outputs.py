@@ -1,6 +1,6 @@
 """Run notebooks from the top and store their outputs, without what went to stderr (progress bars, warnings with local paths).
 
-    python nbs/_outputs.py nbs/05_critique.ipynb ...
+    python nbs/_outputs.py nbs/method/01_critique.ipynb ...
 """
 import sys
 from pathlib import Path

@@ -35,10 +35,10 @@ def test_readme_is_short(root):
 
 
 def test_card_belongs_to_the_weights(root):
-    from cai_nb.mini.gate import plain_table, table
+    from cai_nb.mini.gate import plain_table, gate_table
     from cai_nb.lm.model import load_model
 
     folder = root / "cai_nb/mini/weights"
     text, found = (folder / "README.md").read_text(), json.loads((folder / "gate.json").read_text())
     assert f"{load_model('mini')[0].num_parameters():,} parameters" in text
-    assert all(line in text for line in (table(found) + "\n" + plain_table(found)).splitlines())
+    assert all(line in text for line in (gate_table(found) + "\n" + plain_table(found)).splitlines())

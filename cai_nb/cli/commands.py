@@ -122,8 +122,9 @@ def compare_files(
     typer.echo(compare_constitutions(*both)._repr_markdown_())
     if run is not None:
         from cai_nb.runs.eval_stage import disagreement_on
+        from cai_nb.runs.recipe import load_run
 
-        typer.echo("\n" + disagreement_on(run, *both, limit)._repr_markdown_())
+        typer.echo("\n" + disagreement_on(load_run(run), *both, limit)._repr_markdown_())
 
 # %% ../../nbs/cli/00_commands.ipynb #8da3d878
 @app.command("run")
@@ -183,7 +184,7 @@ def eval_command(
 ) -> None:
     "Evaluate a run's models again, or on the paper's suites, and print the tables."
     from cai_nb.runs.pipeline import evaluate_run
-    from cai_nb.measure.suite_files import parse_suite
+    from cai_nb.measure.suites import parse_suite
 
     typer.echo(evaluate_run(run, dict(map(parse_suite, suite)), cot))
 

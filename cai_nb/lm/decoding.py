@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['roomy_cache', 'next_logits', 'pad_left', 'row_uniforms', 'pick_tokens', 'TextStop', 'text_stop', 'Decoding',
-           'plain_scores', 'model_lock', 'evaluating']
+           'plain_scores']
 
 # %% ../../nbs/lm/01_decoding.ipynb #58df5015
 import hashlib
 import inspect
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from weakref import WeakKeyDictionary
 
@@ -19,6 +17,7 @@ import numpy as np
 import torch
 
 from ..core.dialogue import stop_texts
+from .model import evaluating, model_lock
 
 # %% ../../nbs/lm/01_decoding.ipynb #d0cf1442
 @lru_cache
@@ -91,8 +90,9 @@ def next_logits(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     name = "cache" if "cache" in inspect.signature(base.forward).parameters else "past_key_values"  # renamed in 2026
     kwargs = {"adapter_names": adapters} if adapters else {}
-    out = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=keep,
-                **{name: cache}, **kwargs)
+    with model_lock(model):
+        out = model(input_ids=ids, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=keep,
+                    **{name: cache}, **kwargs)
     return out.logits[:, -keep:]
 
 # %% ../../nbs/lm/01_decoding.ipynb #b4d26597
@@ -243,7 +243,7 @@ class Decoding:
 
 # %% ../../nbs/lm/01_decoding.ipynb #6b54ac9f
 def plain_scores(
-    model,  # a causal language model in eval mode
+    model,  # a causal language model
     prompts: list[list[int]],  # token ids
     answers: list[list[int]],  # tokens of each possible answer, at least one each
     batch_size: int = 64,
@@ -255,7 +255,8 @@ def plain_scores(
     order, scores = sorted(range(len(prompts)), key=lambda i: len(prompts[i])), np.zeros((len(prompts), len(answers)))
     for start in range(0, len(order), batch_size):
         batch = order[start:start + batch_size]
-        scores[batch] = _score_batch(model, [prompts[i] for i in batch], answers, common)
+        with model_lock(model), evaluating(model):
+            scores[batch] = _score_batch(model, [prompts[i] for i in batch], answers, common)
     return scores
 
 
@@ -279,28 +280,3 @@ def _score_batch(model, prompts: list[list[int]], answers: list[list[int]], comm
             for k, token in enumerate(answer[common + 1:]):
                 total[:, c] += logp[:, c, k, token]
     return total.cpu().numpy()
-
-# %% ../../nbs/lm/01_decoding.ipynb #9f3e8f5c
-_locks = WeakKeyDictionary()
-
-
-def model_lock(
-    model,  # any model
-) -> threading.RLock:  # to be held while it runs
-    "One lock for each model in memory."
-    return _locks.setdefault(model, threading.RLock())
-
-
-@contextmanager
-def evaluating(
-    model,  # any model
-):
-    "No gradients and no dropout within the block; afterwards each module trains as before."
-    training = [module for module in model.modules() if module.training] if model.training else []
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield model
-    finally:
-        for module in training:
-            module.training = True

@@ -17,6 +17,7 @@ from fastcore.basics import patch
 
 from ..core.dialogue import encode_text, ensure_chat_template, stop_texts, stop_token_ids
 from ..core.errors import CaiError
+from ..core.rows import row_id
 from .generate import Reply, cut_prompt, flag_reply, prompt_tokens, seeds_for
 from .http import Broken, Lacking, Refused, Server, once, read_choices
 from .model import check_template, model_source
@@ -193,6 +194,12 @@ def _check_tokens(self: EndpointLM) -> None:
     if not "".join(text.split()).startswith("".join(self.tokenizer.decode(ids).split())):
         raise CaiError(f"{self!r}: the server reads the tokens of {_PROBE!r} as {text!r}; "
                        "give the tokenizer of the served model")
+
+# %% ../../nbs/lm/08_endpoint.ipynb #d7e1feca
+@patch(as_prop=True)
+def digest(self: EndpointLM) -> str:  # 12 hexadecimal characters
+    "Who answers: a digest of the served model's name, `extra` and chat template; nothing is asked of the server."
+    return row_id("endpoint", self.model, self.extra, getattr(self.tokenizer, "chat_template", None))
 
 # %% ../../nbs/lm/08_endpoint.ipynb #908758e4
 NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}

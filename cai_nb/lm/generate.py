@@ -8,20 +8,23 @@ __all__ = ['Reply', 'LM', 'flag_reply', 'prompt_tokens', 'cut_prompt', 'seeds_fo
 # %% ../../nbs/lm/05_generate.ipynb #a00ceb39
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from ..core.errors import CaiError
-from .decoding import Decoding, evaluating, model_lock, plain_scores, row_uniforms, text_stop
 from ..core.dialogue import encode_conversation, encode_text, stop_token_ids
-from .model import adapter_names, using_adapter
-from .session import Growing, Session
-from .cache import has_slots
-from .shared_scores import score
+from ..core.rows import row_id
+from .cache import Tally, has_slots
+from .decoding import Decoding, plain_scores, row_uniforms, text_stop
+from cai_nb.lm.model import (
+    adapter_fingerprint, adapter_names, evaluating, model_fingerprint, model_lock, using_adapter,
+)
+from .session import Growing, Session, score
 
 # %% ../../nbs/lm/05_generate.ipynb #5e82ea8d
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ class LocalLM:
     adapter: str | None = None  # the adapter that answers; None for the base alone
     batch_size: int = 64  # rows in a forward pass, at most
     memory: Session | None = None  # what this view has read; see `session`
+    tally: Tally = field(default_factory=Tally)  # what was read by this view, and by those made from it
 
     def with_adapter(self, name: str | None) -> "LocalLM":
         "The same model in memory, answering with another adapter."
@@ -121,7 +125,7 @@ class LocalLM:
         yield replace(self, memory=self._remembering())
 
     def _remembering(self) -> Session:
-        return Session(self.model, min(self.batch_size, _fitting.get(self.model, self.batch_size)))
+        return Session(self.model, min(self.batch_size, _fitting.get(self.model, self.batch_size)), tally=self.tally)
 
     @contextmanager
     def _ready(self) -> Iterator[Session]:
@@ -297,3 +301,10 @@ class _Line:
 
 
 _fitting = WeakKeyDictionary()  # model → rows that its memory was found to hold
+
+# %% ../../nbs/lm/05_generate.ipynb #bb677e36
+@patch(as_prop=True)
+def digest(self: LocalLM) -> str:  # 12 hexadecimal characters
+    "Who answers: a digest of base weights, adapter and chat template."
+    adapter = None if self.adapter is None else adapter_fingerprint(self.model, self.adapter)
+    return row_id("local", model_fingerprint(self.model), adapter, getattr(self.tokenizer, "chat_template", None))

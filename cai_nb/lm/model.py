@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Hardware', 'hardware', 'check_template', 'load_model', 'model_source', 'lora_config', 'model_fingerprint',
-           'adapter_names', 'using_adapter', 'check_adapter', 'save_adapter', 'add_adapters']
+           'model_lock', 'evaluating', 'adapter_names', 'using_adapter', 'check_adapter', 'adapter_fingerprint',
+           'save_adapter', 'add_adapters']
 
 # %% ../../nbs/lm/00_model.ipynb #b9083f4c
 import hashlib
@@ -12,11 +13,13 @@ import logging
 import os
 import re
 import shutil
+import threading
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -169,8 +172,13 @@ def model_fingerprint(
     model,  # a plain model, or one with adapters
 ) -> str:  # 16 hexadecimal characters
     "A digest of the base weights, adapters left out: exact sums of their bits and a sample of them."
+    return _digest_of(sorted((_base_name(n), p) for n, p in model.named_parameters() if not _of_adapter(n)))
+
+
+def _digest_of(weights: list[tuple]) -> str:
+    "16 hexadecimal characters for (name, weight) pairs: shapes, types, exact sums of their bits, and a sample of them."
     digest = hashlib.sha256()
-    for name, weight in sorted((_base_name(n), p) for n, p in model.named_parameters() if not _of_adapter(n)):
+    for name, weight in weights:
         bits = weight.detach().contiguous().flatten().view(_INTEGERS[weight.element_size()])
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {int(bits.sum(dtype=torch.int64))}".encode())
         digest.update(bits[::max(1, len(bits) // 64)].cpu().numpy().tobytes())
@@ -187,6 +195,33 @@ def _of_adapter(name: str) -> bool:
 def _base_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
 
+# %% ../../nbs/lm/00_model.ipynb #9f3e8f5c
+def model_lock(
+    model,  # any model, with or without adapters
+) -> threading.RLock:  # to be held while it runs
+    "One lock for each model in memory: the same for a base, the base with adapters, and a classifier on its body."
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    body = getattr(base, getattr(base, "base_model_prefix", ""), base)
+    return _locks.setdefault(body, threading.RLock())
+
+
+_locks = WeakKeyDictionary()
+
+
+@contextmanager
+def evaluating(
+    model,  # any model
+):
+    "No gradients and no dropout within the block; afterwards each module trains as before."
+    training = [module for module in model.modules() if module.training] if model.training else []
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for module in training:
+            module.training = True
+
 # %% ../../nbs/lm/00_model.ipynb #8e6c19f8
 def adapter_names(
     model,  # a plain model, or one with adapters
@@ -202,26 +237,27 @@ def using_adapter(
     model,  # a plain model, or one with adapters
     name: str | None,  # the adapter that answers; None for the base alone
 ):
-    "Within the block the model answers with one adapter, or as the base; afterwards everything is as it was."
+    "Within the block this thread has the model, with one adapter or as the base; afterwards all is as it was."
     known = adapter_names(model)
     if name is not None and name not in known:
         raise CaiError(f"adapter {name!r}: this model has {', '.join(known) or 'none'}; put it on with `add_adapters`")
     if not known:
         yield model
         return
-    before, flags = list(model.active_adapters), [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        if name is None:
-            with model.disable_adapter():
+    with model_lock(model):
+        before, flags = list(model.active_adapters), [(p, p.requires_grad) for p in model.parameters()]
+        try:
+            if name is None:
+                with model.disable_adapter():
+                    yield model
+            else:
+                model.set_adapter(name)
                 yield model
-        else:
-            model.set_adapter(name)
-            yield model
-    finally:
-        model.base_model.set_adapter(before)
-        model.active_adapter = before[0]
-        for p, flag in flags:
-            p.requires_grad_(flag)
+        finally:
+            model.base_model.set_adapter(before)
+            model.active_adapter = before[0]
+            for p, flag in flags:
+                p.requires_grad_(flag)
 
 
 def check_adapter(
@@ -231,20 +267,29 @@ def check_adapter(
 ) -> float:  # the largest change of a logit on a probe
     "Raise if an adapter changes nothing."
     ids = encode_conversation(tokenizer, [{"role": "user", "content": "how do i open a door?"}])
-    probe, training = torch.tensor([ids], device=model.device), [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        with torch.no_grad(), using_adapter(model, None):
+    probe = torch.tensor([ids], device=model.device)
+    with model_lock(model), evaluating(model):
+        with using_adapter(model, None):
             base = model(input_ids=probe).logits.float()
-        with torch.no_grad(), using_adapter(model, name):
+        with using_adapter(model, name):
             change = (model(input_ids=probe).logits.float() - base).abs().max().item()
-    finally:
-        for module in training:
-            module.training = True
     if not change > 0:
         raise CaiError(f"adapter {name!r} changes nothing (largest difference of a logit: {change}); "
                        "it was not trained, or not loaded")
     return change
+
+# %% ../../nbs/lm/00_model.ipynb #c397d3cc
+def adapter_fingerprint(
+    model,  # a model with adapters
+    name: str,  # which of them
+) -> str:  # 16 hexadecimal characters
+    "A digest of one adapter: its weights as in `model_fingerprint`, its rank and its scale."
+    if name not in adapter_names(model):
+        raise CaiError(f"adapter {name!r}: this model has {', '.join(adapter_names(model)) or 'none'}")
+    part, config = f".{name}.", model.peft_config[name]
+    mine = sorted((n.replace(part, "."), p) for n, p in model.named_parameters() if _of_adapter(n) and part in n)
+    scale = [getattr(config, field, None) for field in ("r", "lora_alpha", "use_rslora", "use_dora")]
+    return hashlib.sha256(f"{_digest_of(mine)} {scale}".encode()).hexdigest()[:16]
 
 # %% ../../nbs/lm/00_model.ipynb #df9c24d3
 def save_adapter(

@@ -1,4 +1,4 @@
-"""The app over its endpoints: text only grows, hostile prompts are only prompts, what cannot be answered is refused at once."""
+"""The app over its endpoints: text only grows, hostile prompts are only prompts, refusals come at once."""
 import os
 import subprocess
 import sys
@@ -14,7 +14,8 @@ from gradio_client import Client
 from serving import PANDAS, Slow, events, free_port, make_run, post, served
 
 from cai_nb.app.server import build_demo, header, serve
-from cai_nb.app.models import UNKNOWN, compare, load_run, talks_of
+from cai_nb.app.answers import UNKNOWN, compare, talks_of
+from cai_nb.app.models import load_run
 from cai_nb.core.errors import CaiError
 from cai_nb.core.constitution import Constitution
 from cai_nb.mini import oracle

@@ -1,4 +1,4 @@
-"""The Constitution tab and what is behind it: edits that change one thing, texts meant to harm, trainings that are killed, and the page."""
+"""The Constitution tab: edits that change one thing, texts meant to harm, trainings that are killed, and the page."""
 import json
 import os
 import random
@@ -20,15 +20,17 @@ from gradio_client import Client
 from gradio_client.exceptions import AppError, ValidationError
 from serving import make_run
 
-from cai_nb.app import constitution_tab, trainings as workbench
+from cai_nb.app import trainings as workbench
 from cai_nb.runs.process import _environment, stages_of
-from cai_nb.app.models import compare, load_run
+from cai_nb.app.constitution_tab import CONSTITUTION
+from cai_nb.app.answers import compare
+from cai_nb.app.models import load_run
 from cai_nb.core.errors import CaiError
 from cai_nb.core.constitution import Constitution, available_constitutions
 from cai_nb.app.theme import look
 from cai_nb.app.wiring import AT_ONCE, Site
 from cai_nb.app.trainings import Workbench, join, next_column
-from cai_nb.app.draft import FIELDS, read_draft, text_of, with_principle, with_text, without_principle
+from cai_nb.app.draft import FORM_FIELDS, read_draft, text_of, with_principle, with_text, without_principle
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*(no_silent_downcasting|The copy keyword)")
 MINI = available_constitutions()["mini"].read_text(encoding="utf-8")
@@ -93,7 +95,8 @@ def test_an_edit_changes_one_text_and_nothing_else(text):
     rng, before = random.Random(0), read_draft(text)
     assert not before.problems
     for _ in range(25):
-        place, key, value = rng.randrange(len(before.principles)), rng.choice(list(FIELDS)), rng.choice([*TEXTS, ""])
+        place, key = rng.randrange(len(before.principles)), rng.choice(list(FORM_FIELDS))
+        value = rng.choice([*TEXTS, ""])
         after = with_text(text, place, key, value)
         wanted = replace(before.principles[place], **{key: " ".join(value.split()) or ("" if key == "title" else None)})
         found = read_draft(after).principles
@@ -239,8 +242,13 @@ def test_cancelled_and_taken_up_again_and_nothing_outside_the_folder(tmp_path, m
 
 def test_a_killed_server_takes_its_training_along(tmp_path):
     code = (
-        "import sys, time; from cai_nb.app.trainings import Workbench; from cai_nb.core.constitution import Constitution\n"
-        "bench = Workbench(sys.argv[1]); bench.start(Constitution.load('mini')); print(bench.running.process.pid, flush=True); time.sleep(600)"
+        "import sys, time\n"
+        "from cai_nb.app.trainings import Workbench\n"
+        "from cai_nb.core.constitution import Constitution\n"
+        "bench = Workbench(sys.argv[1])\n"
+        "bench.start(Constitution.load('mini'))\n"
+        "print(bench.running.process.pid, flush=True)\n"
+        "time.sleep(600)"
     )
     server = subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)],
@@ -313,7 +321,8 @@ def test_what_fails_says_why_in_a_sentence(tmp_path, monkeypatch, code, words):
 def test_who_does_not_listen_is_forced(tmp_path, monkeypatch):
     deaf = (
         "import signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)']); print(child.pid, flush=True); time.sleep(60)"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "print(child.pid, flush=True); time.sleep(60)"
     )
     monkeypatch.setattr(workbench, "start_run", pretend(deaf))
     monkeypatch.setattr(workbench, "end_group", lambda process: workbench_end(process, 0.5))
@@ -407,6 +416,7 @@ def served(tmp_path_factory, adapters):
     "The tab beside another one on a free port; what it trains is imitated."
     models, constitution = load_run()
     site = Site(models, constitution, tmp_path_factory.mktemp("site"))
+    bench = Workbench(site.folder)
     with pytest.MonkeyPatch.context() as patch, socket.socket() as free, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patch.setattr(workbench, "start_run", pretend(imitate(adapters[0])))
@@ -414,16 +424,16 @@ def served(tmp_path_factory, adapters):
             with gr.Tab("Other", render_children=True):
                 other = gr.Textbox(label="Columns", elem_id="columns")
             with gr.Tab("Constitution", render_children=True):
-                page = constitution_tab.constitution_tab(site)
-            page.joined.change(lambda: ",".join(site.models.adapters), None, other, **AT_ONCE)
+                ties = CONSTITUTION.build(site, bench)
+            ties.joined.change(lambda: ",".join(site.models.adapters), None, other, **AT_ONCE)
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
         _, url, _ = demo.queue(max_size=16).launch(
-            server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(constitution_tab.STYLE)
+            server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(CONSTITUTION.style)
         )
-        yield SimpleNamespace(url=url, site=site, page=page, demo=demo)
-        page.here.bench.close()
+        yield SimpleNamespace(url=url, site=site, bench=bench, demo=demo)
+        bench.close()
         demo.close()
 
 
@@ -617,6 +627,7 @@ def test_without_a_folder_or_without_mini_training_is_off_and_says_so():
         (Site(replace(models, recipe={"base": "x/8b"}), constitution, Path("x")), "takes hours on a GPU"),
     ):
         with gr.Blocks(analytics_enabled=False) as demo:
-            page = constitution_tab.constitution_tab(site)
-        assert page.here is None and words in json.dumps(demo.get_config_file(), default=str)
+            ties = CONSTITUTION.build(site)
+        assert not any(ties.joined in fn.outputs for fn in demo.fns.values())
+        assert words in json.dumps(demo.get_config_file(), default=str)
     assert not Path("x").exists()

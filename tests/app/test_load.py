@@ -1,4 +1,4 @@
-"""A crowd: everybody who is let in is answered, and with their own answers; who is not let in hears so; nothing is left behind."""
+"""A crowd: who is let in gets their own answers, who is not let in hears so, and nothing is left behind."""
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +7,8 @@ import httpx
 import pytest
 from serving import PANDAS, asked_for_use, events, libc, post, process
 
-from cai_nb.app.models import UNKNOWN, load_run, talks_of
+from cai_nb.app.answers import UNKNOWN, talks_of
+from cai_nb.app.models import load_run
 from cai_nb.mini import world
 from cai_nb.app.requests import OUTSIDE
 
@@ -104,8 +105,8 @@ def test_a_burst_of_200_with_a_quarter_leaving(server):
     not hasattr(libc, "mallinfo2"), reason="only glibc (2.33 or later) says how much of its memory is in use"
 )
 def test_a_thousand_requests_leave_nothing_behind(server):
-    """Counted is what the server holds. What the system has given it grows longer, to no purpose of ours: glibc keeps what was
-    freed, in a heap for each thread, and 1,700 requests doubled that from 64 to 148 MiB while 240 stayed in use."""
+    """Counted is what the server holds. What the system has given it grows longer, to no purpose of ours: glibc keeps what
+    was freed, in a heap for each thread, and 1,700 requests doubled that from 64 to 148 MiB while 240 stayed in use."""
     url, process = server
 
     def many(n):

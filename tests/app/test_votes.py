@@ -1,4 +1,4 @@
-"""The arena: votes survive whatever happens to the process, in the engine and over HTTP; nothing tells who is A before the vote."""
+"""The arena: votes survive whatever happens to the process; nothing tells who is A before the vote."""
 import json
 import os
 import random
@@ -17,14 +17,14 @@ import httpx
 import pytest
 
 from cai_nb.app import votes as engine
-from cai_nb.app.votes import ABOUT, FIELDS, Arena, Ballot, Votes, draw_ballot, export_rows, standings
+from cai_nb.app.votes import VOTE_FIELDS, VOTE_QUESTIONS, Arena, Ballot, Votes, draw_ballot, export_rows, standings
 from cai_nb.app.models import Models, load_run
 from cai_nb.core.errors import CaiError
 from cai_nb.core.constitution import Constitution
 from cai_nb.measure.elo import CHOICES
 
 MODELS = Models(None, {"base": None, "sl": "sl", "rl": "rl"}, digests={"base": "0b", "sl": "51", "rl": "71"})
-TESTS = Path(__file__).parents[1]
+HERE = Path(__file__).parent
 
 
 def ballot(i=0, a="sl", b="rl", **changes):
@@ -43,7 +43,8 @@ def ballot(i=0, a="sl", b="rl", **changes):
 def python(code, *args):
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, args)],
-        cwd=TESTS,
+        cwd=HERE,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -78,7 +79,7 @@ class SlowDisk(sqlite3.Connection):
 def test_on_a_slow_disk_voters_wait_their_turn_and_none_is_refused(tmp_path, monkeypatch):
     connect = sqlite3.connect
     monkeypatch.setattr(engine.sqlite3, "connect", lambda *args, **options: connect(*args, factory=SlowDisk, **options))
-    monkeypatch.setattr(engine, "WAIT", 0.5)  # a tenth of what they wait in all
+    monkeypatch.setattr(engine, "_WAIT", 0.5)  # a tenth of what they wait in all
     votes = Votes(tmp_path)
     with ThreadPoolExecutor(20) as pool:
         numbers = list(pool.map(lambda i: votes.add(ballot(i), {"helpful": "tie", "harmless": None}), range(100)))
@@ -88,7 +89,7 @@ def test_on_a_slow_disk_voters_wait_their_turn_and_none_is_refused(tmp_path, mon
 def test_a_program_that_holds_the_file_is_named_and_the_ballot_waits(tmp_path, monkeypatch):
     arena = Arena(tmp_path)
     assert arena.vote(arena.open(ballot(0)), "tie")[1] == 1
-    monkeypatch.setattr(engine, "WAIT", 0.2)
+    monkeypatch.setattr(engine, "_WAIT", 0.2)
     token = arena.open(ballot(1))
     with closing(sqlite3.connect(tmp_path / "votes.sqlite", isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
@@ -102,7 +103,7 @@ def test_a_program_that_holds_the_file_is_named_and_the_ballot_waits(tmp_path, m
 
 def test_processes_that_find_a_new_file_at_the_same_moment_share_it(tmp_path):
     code = """if True:
-        import sys, time; from test_arena import *
+        import sys, time; from test_votes import *
         print("ready", flush=True); start = float(sys.stdin.readline())
         for i in range(120):
             while time.time() < start + 0.03 * (i // 3): pass
@@ -122,7 +123,7 @@ def test_processes_that_find_a_new_file_at_the_same_moment_share_it(tmp_path):
 
 VOTER = """
 import os, sys, threading
-from test_arena import *
+from test_votes import *
 votes = Votes(sys.argv[1])
 def vote(thread):
     for i in range(thread, 10**9, 20):
@@ -152,7 +153,7 @@ def test_nothing_personal_is_kept(tmp_path):
     Votes(tmp_path).add(ballot(), {"helpful": "tie", "harmless": None})
     with closing(sqlite3.connect(tmp_path / "votes.sqlite")) as db:
         columns = [row[1] for row in db.execute("PRAGMA table_info(votes)")]
-    assert columns == ["number", *FIELDS]
+    assert columns == ["number", *VOTE_FIELDS]
     assert not {"address", "ip", "session", "user", "cookie"} & set(columns)
     assert Votes(tmp_path).rows()[0]["time"][13:] == ":00Z"  # the hour, no minutes
 
@@ -199,7 +200,9 @@ def test_votes_on_other_weights_do_not_count(tmp_path):
 
 def test_the_export_is_what_the_preference_stage_reads(tmp_path):
     from cai_nb.method.preference import preference_rows
-    from cai_nb.runs.stages import comparisons_of
+    from cai_nb.runs.folder import Run
+    from cai_nb.runs.prompts_stage import HelpfulnessSettings
+    from cai_nb.runs.rl_stages import comparisons_of
 
     votes = Votes(tmp_path)
     for i, (helpful, harmless) in enumerate(
@@ -210,10 +213,9 @@ def test_the_export_is_what_the_preference_stage_reads(tmp_path):
     rows, out = export_rows(votes.rows(), "helpful")
     assert out == {"tie": 0, "both bad": 1, "empty answer": 1} and {r["about"] for r in rows} == {"helpful"}
     (tmp_path / "arena.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    run = SimpleNamespace(
-        recipe={"seed": 0, "helpfulness": {"comparisons": str(tmp_path / "arena.jsonl"), "comparisons_limit": None}}
-    )
-    read = preference_rows([], [], [], comparisons_of(run))
+    recipe = {"seed": 0, "helpfulness": vars(HelpfulnessSettings(comparisons=str(tmp_path / "arena.jsonl")))}
+    comparisons, _ = comparisons_of(Run(tmp_path, recipe), [])
+    read = preference_rows([], [], [], comparisons)
     assert [
         (r["prompt"][0]["content"], r["chosen"][0]["content"], r["rejected"][0]["content"], r["p"]) for r in read
     ] == [
@@ -224,7 +226,7 @@ def test_the_export_is_what_the_preference_stage_reads(tmp_path):
     assert (
         len(both) == 4
         and out == {"tie": 1, "both bad": 1, "empty answer": 1}
-        and {r["about"] for r in both} == set(ABOUT)
+        and {r["about"] for r in both} == set(VOTE_QUESTIONS)
     )
 
 
@@ -233,19 +235,21 @@ def test_the_export_is_what_the_preference_stage_reads(tmp_path):
 SERVER = """
 import sys, torch, gradio as gr
 from dataclasses import replace
-from test_arena import *
+from test_votes import *
 from serving import free_port
-from cai_nb.app.arena_tab import STYLE, arena_tab
+from cai_nb.app.arena_tab import ARENA
 from cai_nb.app.theme import look
 from cai_nb.app.wiring import Site
 torch.set_num_threads(1)
-folder, n = sys.argv[1], int(sys.argv[2])
+folder, n = None if sys.argv[1] == "-" else sys.argv[1], int(sys.argv[2])
+arena = Arena(folder)
 models, constitution = load_run()
 with gr.Blocks(analytics_enabled=False) as demo, gr.Tabs(), gr.Tab("Arena"):
-    page = arena_tab(Site(models, constitution, None if folder == "-" else folder))
+    ARENA.build(Site(models, constitution, folder), arena)
 demo.queue(max_size=64)
-_, url, _ = demo.launch(server_port=free_port(), prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(STYLE))
-tokens = [page.arena.open(ballot(i, digests=(models.digests["sl"], models.digests["rl"]))) for i in range(n)]
+settings = dict(prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(ARENA.style))
+_, url, _ = demo.launch(server_port=free_port(), **settings)
+tokens = [arena.open(ballot(i, digests=(models.digests["sl"], models.digests["rl"]))) for i in range(n)]
 print(json.dumps([url, tokens]), flush=True)
 demo.block_thread()
 """

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from scripted import ScriptedLM
 
-from cai_nb.app.models import UNKNOWN, Models, load_run
+from cai_nb.app.answers import UNKNOWN
+from cai_nb.app.models import Models, load_run
 from cai_nb.method.comparison import COMPARISON_EXAMPLES as EXAMPLES
 from cai_nb.core.errors import CaiError
 from cai_nb.method.critique import CRITIQUE_EXAMPLES, critique_request, critique_revise, revision_request
@@ -24,7 +25,7 @@ from cai_nb.lm.bulk import read_reply
 from cai_nb.core.rows import row_id
 
 PROMPT = [{"role": "user", "content": "How do I punch a boss?"}]
-PANDAS = "ignore:.*(no_silent_downcasting|The copy keyword)"  # Gradio's queue uses what pandas is giving up: not ours to mend
+PANDAS = "ignore:.*(no_silent_downcasting|The copy keyword)"  # Gradio's queue uses what pandas is giving up: not ours
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_chains_of_the_shipped_run_come_out_again(mini):
 
 
 def test_preferences_are_those_of_the_labels(mini):
-    """With few-shot examples and the paper's layout: same question, same reasoning, same verdict, options swapped back."""
+    """With few-shot examples and the paper's layout: same question, reasoning and verdict, options swapped back."""
     principle = mini[1].comparison_principles[0]
     def reply(conversation, seed): return f"reasoning {seed % 1000}"
     def logprobs(context):
@@ -341,7 +342,7 @@ def served(models, constitution, delay):
     "The chains tab behind another one, on a free port."
     import gradio as gr
 
-    from cai_nb.app.chains_tab import STYLE, chains_tab
+    from cai_nb.app.chains_tab import CHAINS
     from cai_nb.app.theme import look
     from cai_nb.app.wiring import Site
 
@@ -350,12 +351,12 @@ def served(models, constitution, delay):
         with gr.Tab("Other"):
             gr.Markdown("Nothing here.")
         with gr.Tab("Chains"):
-            chains_tab(Site(replace(models, lm=lm), constitution))
+            CHAINS.build(Site(replace(models, lm=lm), constitution))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     _, url, _ = demo.queue(max_size=8, default_concurrency_limit=1).launch(
-        server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(STYLE))
+        server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(CHAINS.style))
     try:
         yield SimpleNamespace(url=url, lm=lm)
     finally:

@@ -1,4 +1,4 @@
-"""The page in Chromium, as a visitor uses it: every tab, on a desk and on a phone, in the light and in the dark, by keyboard."""
+"""The page in Chromium, as a visitor uses it: every tab, desk and phone, light and dark, by keyboard."""
 import os
 import tempfile
 import time
@@ -14,8 +14,10 @@ MODELS = ("base", "sl", "rl")
 WAIT = 1000 * int(os.environ.get("CAI_WAIT", 120))  # a machine may be busy with other tests
 SIZES = {"desktop": (1440, 900), "phone": (420, 860)}
 REFUSAL = "status of 422"  # what a refused prompt leaves in the console: the browser's own line about the status
-WATCH = """window.shifts = []; new PerformanceObserver(list => { for (const e of list.getEntries()) if (!e.hadRecentInput)
-  window.shifts.push([e.value, ...e.sources.map(s => s.node?.id || s.node?.className)]) }).observe({type: 'layout-shift'})"""
+WATCH = """window.shifts = []; new PerformanceObserver(list => {
+  for (const e of list.getEntries()) if (!e.hadRecentInput)
+    window.shifts.push([e.value, ...e.sources.map(s => s.node?.id || s.node?.className)])
+  }).observe({type: 'layout-shift'})"""
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +216,8 @@ def test_stop_stops(visit, server):
 
 
 SLOWLY = """const soon = window.fetch; window.fetch = async (to, how) => {
-  if (String(to).includes('run/predict')) await new Promise(done => setTimeout(done, 700)); return soon(to, how); }; 0"""
+  if (String(to).includes('run/predict')) await new Promise(done => setTimeout(done, 700));
+  return soon(to, how); }; 0"""
 
 LAST = "asked => document.querySelector('#answer-rl .asked')?.textContent === asked"
 
@@ -311,7 +314,8 @@ def test_a_line_shows_the_place_and_a_full_one_is_said_to_be(visit, browser):
 
 
 FULL_ONCE_ASKED = """const soon = window.fetch; let joined = 0; window.fetch = (to, how) =>
-  String(to).includes('queue/join') && ++joined == 2 ? Promise.resolve(new Response('{"detail": "Queue is full."}', {status: 503})) : soon(to, how); 0"""
+  String(to).includes('queue/join') && ++joined == 2
+    ? Promise.resolve(new Response('{"detail": "Queue is full."}', {status: 503})) : soon(to, how); 0"""
 
 
 def test_a_line_that_fills_between_question_and_answer_leaves_the_page_usable(visit):

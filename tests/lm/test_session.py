@@ -22,9 +22,9 @@ from cai_nb.core.dialogue import encode_text, stop_token_ids
 from cai_nb.method.feedback import label_preferences
 from cai_nb.lm.generate import LocalLM, Reply, flag_reply, _fitting
 from cai_nb.lm.model import load_model, lora_config, using_adapter
-from cai_nb.lm.session import Growing, Session, common_length
+from cai_nb.lm.session import Growing, Session, score
+from cai_nb.lm.prefix_tree import branches, common_length
 from cai_nb.lm.cache import Slots, has_slots
-from cai_nb.lm.shared_scores import branches, score
 
 FAMILIES = ["mini", "llama", "qwen3", "gemma", "mistral, window of 16", "gpt2"]
 PRINCIPLES = Constitution(
@@ -58,7 +58,7 @@ class Plain:
     "An `LM` that answers one conversation at a time, greedily, by `generate` without a cache, and scores by plain passes."
 
     def __init__(self, lm):
-        self.lm = lm
+        self.lm, self.digest = lm, lm.digest  # the same model, so its rows have the same ids
 
     def sample(self, conversations, n=1, temperature=1.0, max_new_tokens=256, seed=0):
         assert temperature == 0 and n == 1

@@ -1,4 +1,4 @@
-"""Two constitutions on the same pairs: known votes give known shares, silence is no agreement, and swaps change nothing."""
+"""Two constitutions on the same pairs: known votes give known shares, silence is no agreement, swaps change nothing."""
 import math
 import random
 from dataclasses import replace
@@ -7,23 +7,24 @@ import numpy as np
 import pytest
 from scripted import Killed, ScriptedLM, prompt, resumes_identically
 
-from cai_nb.core.errors import CaiError
 from cai_nb.core.constitution import Constitution
+from cai_nb.core.errors import CaiError
 from cai_nb.core.principle import Principle
 from cai_nb.measure.disagreement import (
-    Votes,
+    PrincipleVotes,
     compare_on_pairs,
     disagreement,
-    drawn,
+    _drawn,
     figure_disagreement,
-    nearest,
-    opposed,
+    _nearest,
+    _opposed,
     principle_votes,
-    sharpest,
-    sides,
+    _sharpest,
+    _sides,
 )
 from cai_nb.measure.rates import rate
-from cai_nb.method.feedback import FEW_SHOT, sample_pairs
+from cai_nb.method.comparison import COMPARISON_EXAMPLES
+from cai_nb.method.feedback import sample_pairs
 
 # Each principle asks for a word, and prefers the reply that has it. `pairs_of` says which words the replies have.
 WORDS = ("kind", "brief", "true")
@@ -39,17 +40,14 @@ def constitution(name, *words, **weights):
 def pairs_of(*words_of_both):
     "A pair for each (words of the first reply, words of the second)."
     rows = [prompt(f"request {i}") for i in range(len(words_of_both))]
-    texts = [
-        [f"{which} {i}: {words}" for which, words in zip(("one", "two"), both)] for i, both in enumerate(words_of_both)
-    ]
-    return [
-        {"id": f"pair {i}", "prompt_id": p["id"], "responses": t, "flags": []}
-        for i, (p, t) in enumerate(zip(rows, texts))
-    ], rows
+    texts = [[f"one {i}: {first}", f"two {i}: {second}"] for i, (first, second) in enumerate(words_of_both)]
+    pairs = [{"id": f"pair {i}", "prompt_id": row["id"], "responses": replies, "flags": []}
+             for i, (row, replies) in enumerate(zip(rows, texts))]
+    return pairs, rows
 
 
 def judge(firm=2.0, bias=0.0):
-    "Prefers the option that has the word asked for, by `firm` in log-odds; with no such difference only the letter counts."
+    "Prefers the option that has the word asked for, by `firm` in log-odds; else only the letter counts."
 
     def logprobs(context):
         text = context[-2]["content"]
@@ -98,13 +96,13 @@ def test_without_any_opinion_there_is_no_share():
     "p_a, margin, side", [(0.61, 0.1, 1), (0.59, 0.1, 0), (0.5, 0, 0), (0.501, 0, 1), (0.38, 0.1, -1), (0.38, 0.2, 0)]
 )
 def test_sides(p_a, margin, side):
-    assert sides(p_a, margin) == side and sides(1 - p_a, margin) == -side
+    assert _sides(p_a, margin) == side and _sides(1 - p_a, margin) == -side
 
 
 def test_a_margin_that_leaves_no_opinion_possible_is_an_error():
     for margin in (0.5, -0.1):
         with pytest.raises(CaiError, match=f"margin: found {margin}, expected 0 to 0.5"):
-            sides([0.5], margin)
+            _sides([0.5], margin)
 
 
 def test_a_weak_opinion_is_counted_only_within_a_smaller_margin():
@@ -132,8 +130,8 @@ def test_replies_turned_round_turn_the_votes_and_leave_the_disagreement():
 def test_disagreement_has_no_direction_and_nobody_disagrees_with_himself():
     rng = np.random.default_rng(0)
     pairs, prompts = pairs_of(*[("x", "y")] * 40)
-    a = Votes(constitution("a", *WORDS, kind=3.0), pairs, rng.uniform(size=(40, 3)))
-    b = Votes(constitution("b", "kind", "brief", brief=0.2), pairs, rng.uniform(size=(40, 2)))
+    a = PrincipleVotes(constitution("a", *WORDS, kind=3.0), pairs, rng.uniform(size=(40, 3)))
+    b = PrincipleVotes(constitution("b", "kind", "brief", brief=0.2), pairs, rng.uniform(size=(40, 2)))
     ab, ba = disagreement(a, b, prompts), disagreement(b, a, prompts)
     assert (ab.against == ab.against.T).all() and (np.diag(ab.against) == 0).all()
     assert ab.whole == ba.whole and ab.within == ba.within[::-1] and ab.nearest == ba.nearest[::-1]
@@ -147,7 +145,7 @@ def test_disagreement_has_no_direction_and_nobody_disagrees_with_himself():
 def test_matrix_products_count_as_loops_do():
     rng = np.random.default_rng(1)
     x, y = rng.integers(-1, 2, size=(50, 4)), rng.integers(-1, 2, size=(50, 3))
-    against, both = opposed(x, y)
+    against, both = _opposed(x, y)
     for i in range(4):
         for j in range(3):
             assert against[i, j] == sum(s * t == -1 for s, t in zip(x[:, i], y[:, j]))
@@ -158,7 +156,7 @@ def test_draws_follow_the_weights():
     rng = np.random.default_rng(2)
     x, y = rng.integers(-1, 2, size=(400, 3)), rng.integers(-1, 2, size=(400, 2))
     p, q = np.array([0.6, 0.3, 0.1]), np.array([0.2, 0.8])
-    exact, hits, n = drawn(*opposed(x, y), p, q), 0, 0
+    exact, hits, n = _drawn(*_opposed(x, y), p, q), 0, 0
     for _ in range(60):
         one, other = x[range(400), rng.choice(3, 400, p=p)], y[range(400), rng.choice(2, 400, p=q)]
         hits, n = hits + int((one * other == -1).sum()), n + int((one * other != 0).sum())
@@ -177,9 +175,9 @@ def test_the_whole_is_weighted():
 
 def test_nearest_is_the_surest_and_never_one_with_nothing_in_common():
     assert [
-        j for j, _ in nearest(np.array([[0, 4, 9, 0], [0, 50, 9, 0]]), np.array([[3, 60, 60, 0], [20, 60, 60, 0]]))
+        j for j, _ in _nearest(np.array([[0, 4, 9, 0], [0, 50, 9, 0]]), np.array([[3, 60, 60, 0], [20, 60, 60, 0]]))
     ] == [1, 0]
-    assert nearest(np.array([[0, 7]]), np.array([[0, 7]])) == [(1, rate(7, 7))]
+    assert _nearest(np.array([[0, 7]]), np.array([[0, 7]])) == [(1, rate(7, 7))]
 
 
 def test_the_loneliest_principle_comes_first():
@@ -192,13 +190,13 @@ def test_the_loneliest_principle_comes_first():
 
 def test_the_sharpest_pair_is_where_both_are_firm():
     pairs, prompts = pairs_of(*[("x", "y")] * 5)
-    a = Votes(
+    a = PrincipleVotes(
         constitution("a", "kind", "true"),
         pairs,
         np.array([[0.99, 0.95], [0.9, 0.7], [0.8, 0.9], [0.99, 0.99], [0.3, 0.2]]),
     )
-    b = Votes(constitution("b", "brief"), pairs, np.array([[0.42], [0.2], [0.3], [0.9], [0.65]]))
-    found = sharpest(a, b, prompts)
+    b = PrincipleVotes(constitution("b", "brief"), pairs, np.array([[0.42], [0.2], [0.3], [0.9], [0.65]]))
+    found = _sharpest(a, b, prompts)
     assert [s.asked for s in found] == [
         "request 1",
         "request 2",
@@ -206,7 +204,7 @@ def test_the_sharpest_pair_is_where_both_are_firm():
     ]  # 0 is hardly a disagreement, and 3 is none
     assert found[0].p_a == (0.8, 0.2) and found[0].voices == (("a-kind", 0.9), ("b-brief", 0.2))
     assert found[1].voices[0] == ("a-true", 0.9) and found[2].voices[0] == ("a-true", 0.2)
-    assert len(sharpest(a, b, prompts, n=1)) == 1
+    assert len(_sharpest(a, b, prompts, n=1)) == 1
     text = disagreement(a, b, prompts)._repr_markdown_()
     assert "    human   request 1" in text and "a: 0.80 for the first, most firmly a-kind (0.90)" in text
 
@@ -231,7 +229,7 @@ def test_a_shared_question_is_asked_once_behind_the_same_examples_whoever_is_fir
     asked = []
     for one, other in ((a, b), (b, a)):
         lm = ScriptedLM(logprobs=judge())
-        d = compare_on_pairs(lm, one, other, PAIRS, PROMPTS, few_shot=FEW_SHOT)
+        d = compare_on_pairs(lm, one, other, PAIRS, PROMPTS, few_shot=COMPARISON_EXAMPLES)
         asked.append(lm.scored)
         assert len(lm.scored[0]) == 7 * 3 * 2
     assert asked[0] == asked[1]
@@ -349,13 +347,13 @@ def test_mini_on_its_own_replies_and_on_pairs_of_known_sorts():
             {
                 "id": f"made {i}",
                 "prompt_id": row["id"],
-                "responses": [world.answer(topic, s, rng) for s in two],
+                "responses": [world.write_reply(topic, s, rng) for s in two],
                 "flags": [],
             }
         )
     known = compare_on_pairs(lm, harm, manner, made, rows, layout="principle_last")
     quarrel = np.arange(24) % 3 < 2  # complying against an evasion or a sermon
-    product = sides(known.a.p_a[:, 0]) * sides(known.b.p_a[:, 0])
+    product = _sides(known.a.p_a[:, 0]) * _sides(known.b.p_a[:, 0])
     assert (product[quarrel] <= 0).all() and (product[quarrel] < 0).mean() > 0.5 and (product[~quarrel] >= 0).all()
     assert known.against[0, 1] == 0 and known.within[0]["value"] == 0  # harmful and unethical are one to mini
 

@@ -1,4 +1,4 @@
-"""Elo: known strengths come back, the library agrees, intervals hold what they promise, and few votes claim nothing they cannot know."""
+"""Elo: known strengths come back, the library agrees, intervals hold what they promise, few votes claim little."""
 import math
 import random
 import subprocess
@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from cai_nb.measure import elo
 from cai_nb.core.errors import CaiError
+from cai_nb.measure import elo
 from cai_nb.measure.elo import (
     CHOICES,
     ELO,
@@ -18,11 +18,11 @@ from cai_nb.measure.elo import (
     figure_elo,
     label_votes,
     model_pairs,
-    reach,
-    read_votes,
-    resampled_scores,
+    _reach,
+    _read_votes,
+    _resampled_scores,
     show_elo,
-    virtual_votes,
+    _virtual_votes,
     vote_from_choice,
     win_rate,
 )
@@ -74,8 +74,8 @@ def test_true_probabilities_as_soft_votes_give_the_true_scores():
 def test_agrees_with_evalica(seed):
     evalica = pytest.importorskip("evalica")
     votes = played(80, seed, soft=bool(seed % 2)) + won("sl", "rl", 2, 0.5)
-    ballots = read_votes(votes)
-    wins = ballots.wins() + virtual_votes(4)
+    ballots = _read_votes(votes)
+    wins = ballots.wins() + _virtual_votes(4)
     i, j = (index.tolist() for index in np.nonzero(wins))
     theirs = evalica.bradley_terry(
         i, j, [evalica.Winner.X] * len(i), weights=wins[i, j].tolist(), tolerance=1e-12, limit=10_000
@@ -103,7 +103,7 @@ def test_every_model_wins_as_often_as_its_score_says(seed):
     """The condition of the likelihood's top, over matrices with numbers of very different sizes."""
     rng = np.random.default_rng(seed)
     k = int(rng.integers(2, 12))
-    wins = 10 ** rng.uniform(-6, 3, (k, k)) * (rng.random((k, k)) < 0.6) + virtual_votes(k, 0.01)
+    wins = 10 ** rng.uniform(-6, 3, (k, k)) * (rng.random((k, k)) < 0.6) + _virtual_votes(k, 0.01)
     np.fill_diagonal(wins, 0)
     x = bradley_terry(wins)
     expected = (wins + wins.T) / (1 + np.exp(x - x[:, None]))
@@ -182,9 +182,9 @@ def test_votes_without_a_prompt_are_not_one_prompt():
     for v in none: v["prompt_id"] = None
     assert elo_table(missing) == elo_table(none)
     assert width(missing) == pytest.approx(width(named), rel=0.2)
-    assert sorted(read_votes(missing).group) == list(range(60))
+    assert sorted(_read_votes(missing).group) == list(range(60))
     assert (
-        len({*read_votes([v | {"prompt_id": i % 2} for i, v in enumerate(named)]).group}) == 2
+        len({*_read_votes([v | {"prompt_id": i % 2} for i, v in enumerate(named)]).group}) == 2
     )  # numbers are ids, too, and 0 is one
 
 
@@ -197,7 +197,7 @@ def test_two_models_have_jeffreys_interval():
 def test_five_thousand_votes_ask_the_solver_once_for_all_resamples(monkeypatch):
     asked = []
     monkeypatch.setattr(elo, "bradley_terry", lambda wins: asked.append(wins.shape) or bradley_terry(wins))
-    assert resampled_scores(read_votes(played(5000, 0)), np.ones(4, dtype=bool), n_resamples=200).shape == (200, 4)
+    assert _resampled_scores(_read_votes(played(5000, 0)), np.ones(4, dtype=bool), n_resamples=200).shape == (200, 4)
     assert asked == [(200, 4, 4)]
 
 
@@ -279,8 +279,8 @@ def test_wins_without_an_answer_are_refused_at_once():
 def test_chains_of_links():
     links = np.zeros((9, 9), dtype=bool)
     links[np.arange(8), np.arange(1, 9)] = True
-    assert (reach(links) == np.triu(np.ones((9, 9), dtype=bool))).all()
-    assert (reach(np.stack([links, links.T]))[1] == reach(links).T).all()
+    assert (_reach(links) == np.triu(np.ones((9, 9), dtype=bool))).all()
+    assert (_reach(np.stack([links, links.T]))[1] == _reach(links).T).all()
 
 
 # Votes
@@ -386,27 +386,23 @@ def test_figure_shows_every_model_inside_its_axes(rows):
 
 
 def test_one_sided_young_arenas_get_their_scores():
-    """Where the slope is as level as rounding lets it be, the search is at its end, however long its steps still are."""
+    """Where the slope is as level as rounding lets it be, the search ends, however long its steps still are."""
     votes = [{"a": "sl", "b": "rl", "p_a": 1.0, "prompt_id": str(i)} for i in range(20)]
     found = {row["model"]: row for row in elo_table(votes, "sl", ["base", "sl", "rl"])}
     assert found["rl"]["elo"] < -400 and found["rl"]["low"] is None and found["base"]["elo"] is None
     for seed in range(60):  # a few votes between six models, most of them one-sided
         rng = random.Random(seed)
         drawn = [rng.sample("abcdef", 2) for _ in range(rng.randint(2, 9))]
-        rows = elo_table(
-            [
-                {"a": a, "b": b, "p_a": rng.choice((1.0, 1.0, 0.0, 0.5)), "prompt_id": str(i)}
-                for i, (a, b) in enumerate(drawn)
-            ],
-            models=list("abcdef"),
-            n_resamples=200,
-        )
+        votes = [{"a": a, "b": b, "p_a": rng.choice((1.0, 1.0, 0.0, 0.5)), "prompt_id": str(i)}
+                 for i, (a, b) in enumerate(drawn)]
+        rows = elo_table(votes, models=list("abcdef"), n_resamples=200)
         assert all(row["elo"] is None or abs(row["elo"]) < 4000 for row in rows)
 
 
 def test_works_without_the_extra_and_without_matplotlib():
     code = (
-        "import sys; sys.modules['evalica'] = None; sys.modules['matplotlib'] = None; from cai_nb.measure.elo import elo_table, show_elo; "
+        "import sys; sys.modules['evalica'] = None; sys.modules['matplotlib'] = None; "
+        "from cai_nb.measure.elo import elo_table, show_elo; "
         "print(show_elo(elo_table([{'a': 'x', 'b': 'y', 'p_a': 1}])))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

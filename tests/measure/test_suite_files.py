@@ -3,13 +3,15 @@ import gzip
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from suite_files import PARTS, examples, paper, row, two, write  # the small ones are fixtures
 
 from cai_nb.core.errors import CaiError
-from cai_nb.measure.suite_files import LEAKED, OPENING, SUITES, find_contaminated, parse_suite, read_suite
+from cai_nb.measure.suite_files import OPENING, QUESTION_FILES, find_contaminated, read_questions
+
+
+LEAKED = (1, 30, 74, 92, 185, 375)  # places of the paper's worked examples among the 438, from 0
 
 
 def raw(path):
@@ -21,15 +23,13 @@ def raw(path):
 
 @pytest.mark.parametrize("name", PARTS)
 def test_every_row_is_an_item_and_nothing_of_it_is_lost(paper, name):
-    rows, items = raw(paper[name]), read_suite(name, paper[name])
+    rows, items = raw(paper[name]), read_questions(name, paper[name])
     assert len(items) == len(rows) and len({i.id for i in items}) == len(rows)
     for number, (source, item) in enumerate(zip(rows, items), 1):
         assert item.place == f"{paper[name].name}:{number}"
         assert source["prompt"].strip().removesuffix(OPENING).rstrip() == item.shown()
-        assert len(item.options) == SUITES[name].options and item.letters[item.answer] == source["corrects"][0]
-        for order in range(
-            len(item.options)
-        ):  # the right text stands where it is said to stand, and all others are there
+        assert len(item.options) == QUESTION_FILES[name].options and item.letters[item.answer] == source["corrects"][0]
+        for order in range(len(item.options)):  # the right text stands where it is said to, and all others are there
             shown = item.shown(order)
             assert f"\n{item.letters[item.right(order)]} {item.options[item.answer]}" in shown
             assert sorted(shown) == sorted(item.shown())
@@ -37,13 +37,13 @@ def test_every_row_is_an_item_and_nothing_of_it_is_lost(paper, name):
 
 
 def test_replies_agree_with_the_finished_conversations(paper):
-    for source, item in zip(raw(paper["hhh"]), read_suite("hhh", paper["hhh"])):
+    for source, item in zip(raw(paper["hhh"]), read_questions("hhh", paper["hhh"])):
         right, wrong = (item.options[i].removeprefix("[[[").removesuffix("]]]") for i in (item.answer, 1 - item.answer))
         assert source["text_correct"].endswith(right) and source["text_incorrect"].endswith(wrong)
 
 
 def test_leaked_items_are_found_by_content_in_either_order(paper, examples):
-    items = read_suite("hhh", paper["hhh"])
+    items = read_questions("hhh", paper["hhh"])
     found = find_contaminated(items, examples)
     leaked = [i for i in items if i.id in found["ids"]]
     texts = [" ".join(entry["prompt"].split()) for entry in json.loads(examples.read_text())]
@@ -59,20 +59,23 @@ def test_leaked_items_are_found_by_content_in_either_order(paper, examples):
 
 def test_whole_file_falls_back_to_places(tmp_path):
     rows = [row(i, right=int(i >= 228)) for i in range(438)]
-    items = read_suite("hhh", write(tmp_path / "all.jsonl", rows))
+    items = read_questions("hhh", write(tmp_path / "all.jsonl", rows))
     assert find_contaminated(items) == {
         "found_by": "place",
         "ids": {items[i].id for i in LEAKED},
         "same_conversation": None,
     }
     assert find_contaminated(items[:437])["ids"] is None
-    other = read_suite("hhh", write(tmp_path / "other.jsonl", [row(i, right=i % 2) for i in range(438)]))
+    other = read_questions("hhh", write(tmp_path / "other.jsonl", [row(i, right=i % 2) for i in range(438)]))
     assert find_contaminated(other)["found_by"] is None  # 438 rows, but not the published ones
 
 
 def test_file_of_examples_goes_before_places_and_a_wrong_one_is_an_error(tmp_path, two):
-    items = read_suite("hhh", two)
-    text = "\n\nHuman: About a human (H) and an assistant (A):\n\nH: request 4\n\n{}\n (A) [[[reply 1 to 4]]]\n (B) [[[reply  0 to 4]]]\n"
+    items = read_questions("hhh", two)
+    text = (
+        "\n\nHuman: About a human (H) and an assistant (A):\n\nH: request 4\n\n{}\n"
+        " (A) [[[reply 1 to 4]]]\n (B) [[[reply  0 to 4]]]\n"
+    )
     near = text.replace("request 4", "request 5").replace("to 4", "to nobody")
     good = tmp_path / "good.json"
     good.write_text(json.dumps([{"prompt": text}, {"prompt": near}]))
@@ -109,14 +112,14 @@ def test_faulty_row_is_an_error_that_names_file_line_and_what_is_missing(tmp_pat
     bad = {key: value for key, value in {**row(3), **change}.items() if value is not None}
     path = write(tmp_path / "bad.jsonl", [row(1), row(2), bad])
     with pytest.raises(CaiError, match=f"bad.jsonl:3: .*{said}") as error:
-        read_suite("hhh", path)
+        read_questions("hhh", path)
     assert "\n" not in str(error.value)
 
 
 def test_letters_that_contradict_the_finished_conversations_are_an_error(tmp_path):
     bad = {**row(2), "corrects": [" (B)"], "incorrects": [" (A)"]}
     with pytest.raises(CaiError, match=r"bad.jsonl:2: corrects says \(B\)"):
-        read_suite("hhh", write(tmp_path / "bad.jsonl", [row(1), bad]))
+        read_questions("hhh", write(tmp_path / "bad.jsonl", [row(1), bad]))
 
 
 def test_files_that_are_no_suites_are_errors(tmp_path):
@@ -132,7 +135,7 @@ def test_files_that_are_no_suites_are_errors(tmp_path):
                        ("empty.jsonl", "has no row"), ("latin.jsonl", "latin.jsonl: byte .*UTF-8"),
                        ("table.csv", "expected a .jsonl file"), ("missing.jsonl", "no such file")]:
         with pytest.raises(CaiError, match=said):
-            read_suite("hhh", tmp_path / name)
+            read_questions("hhh", tmp_path / name)
 
 
 @pytest.mark.parametrize(
@@ -142,35 +145,25 @@ def test_order_that_cannot_be_told_leaves_the_text_as_it_was(tmp_path, quoted):
     odd = row(1)
     odd["prompt"] = odd["prompt"].replace("[[[reply 0 to 1]]]", quoted)
     path = write(tmp_path / "odd.jsonl", [row(0), odd])
-    items = read_suite("hhh", path)
+    items = read_questions("hhh", path)
     assert items[1].options == () and items[1].shown() == odd["prompt"].strip().removesuffix(OPENING).rstrip()
 
 
 def test_a_question_that_stands_twice_is_two_items_and_ids_hang_on_content(tmp_path):
-    items = read_suite("hhh", write(tmp_path / "twice.jsonl", [row(0), row(0)]))
+    items = read_questions("hhh", write(tmp_path / "twice.jsonl", [row(0), row(0)]))
     assert len(items) == len({i.id for i in items}) == 2
-    other = read_suite("hhh", write(tmp_path / "other.jsonl", [row(1), row(0), row(0)]))
+    other = read_questions("hhh", write(tmp_path / "other.jsonl", [row(1), row(0), row(0)]))
     assert [i.id for i in other[1:]] == [i.id for i in items] and other[0].id not in {i.id for i in items}
 
 
 def test_plain_and_packed_files_give_the_same_items(tmp_path):
     rows = [row(i) for i in range(3)]
-    plain, packed = (read_suite("hhh", write(tmp_path / name, rows)) for name in ("a.jsonl", "a.jsonl.gz"))
+    plain, packed = (read_questions("hhh", write(tmp_path / name, rows)) for name in ("a.jsonl", "a.jsonl.gz"))
     assert [i.id for i in plain] == [i.id for i in packed] and [i.shown() for i in plain] == [i.shown() for i in packed]
 
 
-def test_suites_on_the_command_line(two):
-    assert parse_suite(f"hhh={two}") == ("hhh", two) and isinstance(parse_suite(f" hhh = {two}")[1], Path)
-    for text, said in [("hhh", "expected NAME=PATH"), ("hhh=", "expected NAME=PATH"), (f"={two}", "unknown name ''"),
-                       (f"HHH={two}", "expected one of hhh, harmful-vs-ethical, harm-types"),
-                       ("hhh=nowhere.jsonl", "no such file nowhere.jsonl; get 438HHHEvaluations.jsonl"),
-                       (f"hhh={two.parent}", "no such file")]:
-        with pytest.raises(CaiError, match=said.replace("(", r"\(")):
-            parse_suite(text)
-
-
 def test_questions_come_without_heavy_libraries():
-    code = "import sys, cai_nb.measure.suite_files; print([m for m in ('torch', 'transformers', 'numpy', 'matplotlib') if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
+    heavy = ("torch", "transformers", "numpy", "matplotlib")
+    code = f"import sys, cai_nb.measure.suite_files; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""The paper's suites: any model asked, position and leakage controlled, what is cut counted, nothing lost on the way."""
+"""Suites: any model asked, position and leakage controlled, what is cut counted, nothing lost on the way."""
 import gzip
 import json
 import subprocess
@@ -8,21 +8,15 @@ import pytest
 from scripted import Killed, ScriptedLM
 from suite_files import PARTS, examples, paper, row, two, write  # the small ones are fixtures
 
-from cai_nb.core.errors import CaiError
 from cai_nb.core.dialogue import encode_text
-from cai_nb.measure.rates import rate
+from cai_nb.core.errors import CaiError
+from cai_nb.core.rows import RowFile
 from cai_nb.lm.generate import LocalLM
 from cai_nb.lm.model import load_model
-from cai_nb.measure.suite_files import OPENING, SUITES, find_contaminated, read_suite
-from cai_nb.core.rows import RowFile
-from cai_nb.measure.suites import (
-    ask_suite,
-    evaluate_suite,
-    evaluate_suites,
-    question_context,
-    suite_metrics,
-    suite_table,
-)
+from cai_nb.measure.multiple_choice import Asking, ask_questions, count_answers, question_context
+from cai_nb.measure.rates import rate
+from cai_nb.measure.suite_files import OPENING, QUESTION_FILES, find_contaminated, read_questions
+from cai_nb.measure.suites import SUITES, evaluate_suite, evaluate_suites, parse_suite, replies_suite, suite_table
 
 
 class Rule:
@@ -72,7 +66,7 @@ def mini():
 
 @pytest.mark.parametrize("name", PARTS)
 def test_question_is_one_users_turn_and_the_answer_is_opened(paper, name):
-    for item in read_suite(name, paper[name]):
+    for item in read_questions(name, paper[name]):
         for order in range(len(item.options)):
             asked = [{"role": "user", "content": item.shown(order)}, {"role": "assistant", "content": "The answer is:"}]
             assert question_context(item, order) == asked
@@ -80,30 +74,24 @@ def test_question_is_one_users_turn_and_the_answer_is_opened(paper, name):
 
 @pytest.mark.parametrize("name", PARTS)
 def test_chain_of_thought_shows_the_same_question_without_turn_markers(paper, name):
-    for item in read_suite(name, paper[name]):
+    for item in read_questions(name, paper[name]):
         question, opened = question_context(item, cot=True)
         assert opened == {"role": "assistant", "content": "Let's think step by step:"}
         text = question["content"]
-        assert (
-            "\n\nHuman:" not in text
-            and "\n\nAssistant:" not in text
-            and "a human (H) and an assistant (A):\n\nH:" in text
-        )
+        assert "\n\nHuman:" not in text and "\n\nAssistant:" not in text
+        assert "a human (H) and an assistant (A):\n\nH:" in text
         back = text.replace("\n\nH:", "\n\nHuman:").replace("\n\nA:", "\n\nAssistant:")
         assert back.replace(" a human (H) and an assistant (A):", " a human and an assistant:") == item.shown()
 
 
 @pytest.mark.parametrize("name", PARTS)
 def test_always_one_letter_is_at_chance_over_all_orders_and_knowing_is_perfect(paper, name):
-    items, n = read_suite(name, paper[name]), SUITES[name].options
+    items, n = read_questions(name, paper[name]), QUESTION_FILES[name].options
     found = evaluate_suite(Rule(always(" (A)")), name, paper[name])
     assert found["mean"]["value"] == pytest.approx(1 / n) and found["says_a"]["value"] == 1
     assert found["given"] == found["baselines"]["always_a"]
-    assert (
-        found["items"] == len(items)
-        and found["questions"] == n * len(items)
-        and found["fixed_order"] == found["cut"] == 0
-    )
+    assert found["items"] == len(items) and found["questions"] == n * len(items)
+    assert found["fixed_order"] == found["cut"] == 0
     truth = evaluate_suite(Rule(knowing(items)), name, paper[name])
     assert [truth[key]["value"] for key in ("given", "moved", "mean")] == [1, 1, 1]
     assert truth["says_a"]["value"] == pytest.approx(1 / n)
@@ -111,7 +99,7 @@ def test_always_one_letter_is_at_chance_over_all_orders_and_knowing_is_perfect(p
 
 
 def test_leaked_items_are_counted_apart(paper, examples):
-    items = read_suite("hhh", paper["hhh"])
+    items = read_questions("hhh", paper["hhh"])
     leaked = find_contaminated(items, examples)["ids"]
     metrics = evaluate_suite(Rule(always(" (A)")), "hhh", paper["hhh"], few_shot=examples)
     assert metrics["given"]["n"] == len(items) and metrics["without_contaminated"]["given"]["n"] == len(items) - 2
@@ -123,11 +111,11 @@ def test_leaked_items_are_counted_apart(paper, examples):
 
 
 def test_mini_answers_every_question_and_what_is_cut_is_counted(paper, examples, mini):
-    items = read_suite("hhh", paper["hhh"])
+    items = read_questions("hhh", paper["hhh"])
     part = items[:40]
-    rows = ask_suite(mini, "hhh", part)
+    rows = ask_questions(mini, "hhh", part)
     assert len(rows) == 80 and all(sum(r["p"]) == pytest.approx(1) and all(0 <= p <= 1 for p in r["p"]) for r in rows)
-    metrics = suite_metrics(part, rows, find_contaminated(part, examples))
+    metrics = count_answers(part, rows, find_contaminated(part, examples))
     assert metrics["given"]["n"] == 40 and sum(b["n"] for b in metrics["calibration"]) == 40
     room = mini.context - 8
     long = [i for i in part if any(len(mini.encode(question_context(i, k))) > room for k in (0, 1))]
@@ -158,15 +146,13 @@ def test_order_that_cannot_be_told_is_asked_once_and_counted(tmp_path):
 
 
 def test_a_question_that_stands_twice_is_asked_twice(tmp_path):
-    items = read_suite("hhh", write(tmp_path / "twice.jsonl", [row(0), row(0)]))
-    assert len(ask_suite(Rule(always(" (A)")), "hhh", items)) == 4
+    items = read_questions("hhh", write(tmp_path / "twice.jsonl", [row(0), row(0)]))
+    assert len(ask_questions(Rule(always(" (A)")), "hhh", items)) == 4
 
 
 def test_moved_is_over_all_other_orders(nine):
     found = evaluate_suite(Rule(always(" (A)")), "harm-types", nine)
-    answers = [
-        i % 4 for i in range(7)
-    ]  # A is right in two of seven as given; in one of the eight other orders where it is not
+    answers = [i % 4 for i in range(7)]  # A is right in two of seven as given, else in one of the eight other orders
     assert found["given"] == rate(2, 7) == found["baselines"]["always_a"]
     assert found["moved"]["value"] == pytest.approx(sum(1 / 8 for a in answers if a) / 7)
     assert found["mean"]["value"] == pytest.approx(1 / 9) and found["mean"]["n"] == 7
@@ -176,7 +162,7 @@ def test_moved_is_over_all_other_orders(nine):
 def test_orders_can_be_fewer(nine, two):
     one = evaluate_suite(Rule(always(" (A)")), "harm-types", nine, orders=1)
     assert one["questions"] == 7 and one["given"]["n"] == 7 and one["moved"]["value"] is one["mean"]["value"] is None
-    asked = ask_suite(Rule(always(" (A)")), "harm-types", read_suite("harm-types", nine), orders=4)
+    asked = ask_questions(Rule(always(" (A)")), "harm-types", read_questions("harm-types", nine), how=Asking(orders=4))
     assert [r["order"] for r in asked] == [0, 2, 4, 6] * 7  # spread evenly
     assert evaluate_suite(Rule(always(" (A)")), "hhh", two, orders=9)["questions"] == 20
     with pytest.raises(CaiError, match="orders 0"):
@@ -213,9 +199,8 @@ def test_log_probabilities_that_are_missing_or_no_numbers_are_an_error(two, rule
 
 def test_chains_are_averaged_and_scored_after_their_reasoning(two, tmp_path):
     def logprobs(context):
-        assert [m["role"] for m in context] == ["user", "assistant", "user"] and context[2][
-            "content"
-        ] == "So the answer is:"
+        assert [m["role"] for m in context] == ["user", "assistant", "user"]
+        assert context[2]["content"] == "So the answer is:"
         assert context[1]["content"].startswith("Let's think step by step: word ")
         return [0.0, -1.0] if context[1]["content"][-1] in "01234567" else [-1.0, 0.0]
 
@@ -264,9 +249,8 @@ def test_killed_evaluation_resumes_to_the_same_file(two, nine, tmp_path):
     for cut in range(0, len(text), len(text) // 9):  # a line torn by the kill
         (tmp_path / "torn.jsonl").write_bytes(text[:cut])
         assert work(tmp_path / "torn.jsonl") == whole and (tmp_path / "torn.jsonl").read_bytes() == text
-    assert (
-        evaluate_suites(dict.fromkeys(("base", "rl")), suites, out=tmp_path / "whole.jsonl", batch_size=8) == whole
-    )  # no model asked
+    nobody = dict.fromkeys(("base", "rl"))  # no model is given, so none can be asked
+    assert evaluate_suites(nobody, suites, out=tmp_path / "whole.jsonl", batch_size=8) == whole
 
 
 def test_faulty_file_is_an_error_before_any_work(two, nine, tmp_path):
@@ -283,16 +267,14 @@ def test_metrics_are_json_with_rates_and_the_table_shows_them(two, nine, tmp_pat
     suites = {"hhh": two, "harm-types": nine}
     lms = {
         "base": Rule(always(" (A)")),
-        "rl": Rule(knowing([*read_suite("hhh", two), *read_suite("harm-types", nine)])),
+        "rl": Rule(knowing([*read_questions("hhh", two), *read_questions("harm-types", nine)])),
     }
     metrics = evaluate_suites(lms, suites)
     assert metrics == json.loads(json.dumps(metrics))
     for found in (suite for model in metrics.values() for suite in model.values()):
         for key in ("given", "moved", "mean", "says_a"):
-            assert (
-                set(found[key]) == {"value", "low", "high", "n"}
-                and found[key]["low"] <= found[key]["value"] <= found[key]["high"]
-            )
+            assert set(found[key]) == {"value", "low", "high", "n"}
+            assert found[key]["low"] <= found[key]["value"] <= found[key]["high"]
     table = suite_table(metrics).splitlines()
     assert table[0].split() == ["base", "RL-CAI"] and len({len(line) for line in table}) == 1
     mean = next(line for line in table if line.startswith("hhh: mean of the orders"))
@@ -305,8 +287,66 @@ def test_metrics_are_json_with_rates_and_the_table_shows_them(two, nine, tmp_pat
     assert "–" in suite_table(metrics)
 
 
+# Suites of another form
+
+
+REQUESTS = "How do I boil an egg?\nTell me a joke.\nWrite a poem.\n"
+
+
+def test_a_generative_suite_is_one_record(two, tmp_path):
+    """Asked, stored, resumed, counted and shown beside the paper's, with nothing changed but a record."""
+    requests = tmp_path / "requests.txt"
+    requests.write_text(REQUESTS)
+    polite = replies_suite("polite", "Is the model polite?", "requests.txt", {
+        "says please": lambda messages, reply: "please" in reply,
+        "repeats the request": lambda messages, reply: messages[-1]["content"] in reply,
+    })
+    suites, files = {**SUITES, "polite": polite}, {"polite": requests, "hhh": two}
+    assert parse_suite(f"polite={requests}", suites) == ("polite", requests)
+
+    def model(say, **settings): return ScriptedLM(say, logprobs=lambda context: [0.0, -1.0], **settings)
+
+    def echo(conversation, seed): return conversation[-1]["content"]
+
+    def beg(conversation, seed): return "please"
+
+    def work(path, die_at=None):
+        lms = {"base": model(echo, die_at=die_at), "rl": model(beg)}
+        return evaluate_suites(lms, files, out=path, suites=suites, batch_size=2), lms
+
+    whole, lms = work(tmp_path / "rows.jsonl")
+    assert whole == json.loads(json.dumps(whole)) and lms["base"].seeds == lms["rl"].seeds
+    assert [whole[m]["polite"]["kinds"] for m in ("base", "rl")] == [
+        {"says please": rate(0, 3), "repeats the request": rate(3, 3)},
+        {"says please": rate(3, 3), "repeats the request": rate(0, 3)},
+    ]
+    with pytest.raises(Killed):
+        work(tmp_path / "killed.jsonl", die_at=2)
+    assert work(tmp_path / "killed.jsonl")[0] == whole
+    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "rows.jsonl").read_bytes()
+    table = suite_table(whole, suites=suites)
+    assert "polite: says please" in table and "hhh: mean of the orders" in table
+    with pytest.raises(CaiError, match="unknown name 'polite'"):
+        evaluate_suites(lms, files)
+
+
+def test_a_setting_that_no_suite_knows_is_refused(two):
+    with pytest.raises(TypeError, match="n_cots"):
+        evaluate_suite(Rule(always(" (A)")), "hhh", two, n_cots=3)
+
+
+def test_suites_on_the_command_line(two):
+    assert parse_suite(f"hhh={two}") == ("hhh", two) and parse_suite(f" hhh = {two}") == ("hhh", two)
+    for text, said in [("hhh", "expected NAME=PATH"), ("hhh=", "expected NAME=PATH"), (f"={two}", "unknown name ''"),
+                       (f"HHH={two}", "expected one of hhh, harmful-vs-ethical, harm-types"),
+                       ("hhh=nowhere.jsonl", "no such file nowhere.jsonl; get 438HHHEvaluations.jsonl"),
+                       (f"hhh={two.parent}", "no such file")]:
+        with pytest.raises(CaiError, match=said.replace("(", r"\(")):
+            parse_suite(text)
+
+
 def test_suites_come_without_torch():
-    code = "import sys, cai_nb.measure.suites; print([m for m in ('torch', 'transformers', 'trl', 'matplotlib') if m in sys.modules])"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
-    )
+    heavy = ("torch", "transformers", "trl", "matplotlib")
+    code = f"import sys, cai_nb.measure.suites; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -15,10 +15,11 @@ from cai_nb.core.constitution import Constitution
 from cai_nb.core.principle import Principle
 from cai_nb.method.critique import (
     CRITIQUE_EXAMPLES,
+    chain_steps,
     critique_request,
     critique_revise,
     draw_principles,
-    few_shot_messages,
+    critique_shots,
     is_meta_talk,
     revision_request,
     revisions,
@@ -64,7 +65,7 @@ def test_multi_turn_prompts_and_system_messages_stay_in_front():
     for asked in (lm.asked[1][0], lm.asked[2][0]):
         assert (
             asked[0] == messages[0]
-            and asked[1:31] == few_shot_messages(CRITIQUE_EXAMPLES)
+            and asked[1:31] == critique_shots(CRITIQUE_EXAMPLES)
             and asked[31:34] == messages[1:]
         )
 
@@ -124,9 +125,45 @@ def test_killed_within_a_batch_and_resumed(tmp_path):
         assert resumed.calls == 15 - 5 * ((die_at - 1) // 5)  # what was stored is not done again
 
 
+def driven(script, word, told=None):
+    "A chain as the app drives it: every answer grows in its place before it is sent; what the row held at each moment."
+    seen = []
+    try:
+        asked = script.send(told)
+        while True:
+            for part in ("", "wo", word(asked)):
+                asked.place[asked.part] = part
+                seen.append((asked.step, asked.part, asked.place[asked.part]))
+            asked = script.send((word(asked), []))
+    except StopIteration as end:
+        return end.value, seen
+
+
+@pytest.mark.parametrize("critiques", [True, False])
+def test_whoever_drives_the_steps_gets_the_row_of_critique_revise(critiques):
+    (chain,) = critique_revise(ScriptedLM(), PROMPTS[:1], SIXTEEN, n_revisions=2, critiques=critiques)
+    word = lambda asked: word_of(asked.conversation, asked.seed)  # noqa: E731
+    principles = draw_principles(SIXTEEN, PROMPTS[0]["id"], 2)
+    row = {"id": chain["id"], "prompt_id": chain["prompt_id"], "response": None, "steps": [], "flags": []}
+    made, seen = driven(chain_steps(row, PROMPTS[0], principles, 0, critiques), word)
+    assert made == chain and made is row
+    parts = [(0, "response")] + [(n, p) for n in (1, 2) for p in (["critique"] * critiques + ["revision"])]
+    assert [(step, part) for step, part, _ in seen[::3]] == parts
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_a_chain_goes_on_from_what_was_complete(steps):
+    (chain,) = critique_revise(ScriptedLM(), PROMPTS[:1], SIXTEEN, n_revisions=2)
+    begun = {**chain, "steps": [dict(step) for step in chain["steps"][:steps]], "flags": []}
+    word = lambda asked: word_of(asked.conversation, asked.seed)  # noqa: E731
+    script = chain_steps(begun, PROMPTS[0], draw_principles(SIXTEEN, PROMPTS[0]["id"], 2), 0)
+    made, seen = driven(script, word)
+    assert made == chain and len(seen) == 3 * 2 * (2 - steps)
+
+
 CHILD = """
 import sys, time
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {folders!r}
 from scripted import ScriptedLM, word_of
 from test_critique import PROMPTS, SIXTEEN
 from cai_nb.method.critique import critique_revise
@@ -138,7 +175,8 @@ critique_revise(ScriptedLM(slowly), PROMPTS, SIXTEEN, n_revisions=2, batch_size=
 def test_a_process_killed_by_the_system_leaves_a_file_to_resume(tmp_path):
     whole = critique_revise(ScriptedLM(), PROMPTS, SIXTEEN, n_revisions=2, batch_size=2, out=tmp_path / "whole.jsonl")
     out = tmp_path / "chains.jsonl"
-    code = CHILD.format(tests=str(Path(__file__).parents[1]), out=str(out))
+    here = Path(__file__).parent
+    code = CHILD.format(folders=[str(here), str(here.parent)], out=str(out))
     child = subprocess.Popen([sys.executable, "-c", code])
     for _ in range(6000):
         if out.exists() or child.poll() is not None:
@@ -158,14 +196,14 @@ def test_a_finished_file_asks_the_model_nothing(tmp_path):
     assert critique_revise(idle, PROMPTS, SIXTEEN, out=out) == rows and idle.calls == 0
 
 
-@pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"n_revisions": 2}, {"critiques": False}, {"few_shot": CRITIQUE_EXAMPLES}]
-)
+@pytest.mark.parametrize("change", [
+    {"seed": 1}, {"n_revisions": 2}, {"critiques": False}, {"few_shot": CRITIQUE_EXAMPLES}, {"layout": "paper"},
+])
 def test_rows_of_other_settings_are_refused(tmp_path, change):
     out = tmp_path / "chains.jsonl"
     critique_revise(ScriptedLM(), PROMPTS, SIXTEEN, out=out)
     before = out.read_bytes()
-    with pytest.raises(CaiError, match="chains.jsonl: 7 of its 7 chains come from other prompts or settings"):
+    with pytest.raises(CaiError, match="chains.jsonl: 7 of its 7 chains were made by .* with other settings"):
         critique_revise(ScriptedLM(), PROMPTS, SIXTEEN, out=out, **change)
     assert out.read_bytes() == before
 
@@ -199,8 +237,8 @@ def test_every_request_of_minis_constitution_is_in_its_words():
     lessons = pytest.importorskip("cai_nb.mini.lessons")
     for principle in Constitution.load("mini").critique_principles:
         words = re.split(r", | or ", re.fullmatch(r"Look at the reply. Is that (.*)\?", principle.critique).group(1))
-        assert lessons.critique_request(words) == principle.critique
-        assert lessons.revision_request(words) == principle.revision
+        assert lessons.critique_question(words) == principle.critique
+        assert lessons.revision_demand(words) == principle.revision
 
 
 def test_paper_layout_is_the_papers_transcript():
@@ -231,7 +269,7 @@ def test_paper_layout_cuts_what_a_base_writes_beyond_its_turn():
 @pytest.mark.parametrize("layout", ["chat", "paper"])
 @pytest.mark.parametrize("critiques", [True, False])
 def test_few_shot_examples_are_whole_alternating_turns(layout, critiques):
-    messages = few_shot_messages(CRITIQUE_EXAMPLES, layout, critiques)
+    messages = critique_shots(CRITIQUE_EXAMPLES, layout, critiques)
     assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
     assert all(m["content"] == m["content"].strip() and "Human:" not in m["content"] for m in messages)
     text = "\n".join(m["content"] for m in messages)

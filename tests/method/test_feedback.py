@@ -14,7 +14,7 @@ from cai_nb.method.comparison import (
     comparison_context,
     comparison_text,
     draw_comparisons,
-    few_shot_messages,
+    comparison_shots,
     verdict_context,
 )
 from cai_nb.core.errors import CaiError
@@ -296,7 +296,7 @@ def test_unknown_layout_is_named():
 def test_few_shot_draws_principle_and_order_and_gives_the_right_letter(layout, cot):
     orders, principles = set(), set()
     for seed in range(30):
-        messages = few_shot_messages(COMPARISON_EXAMPLES, SIXTEEN, layout, cot, seed)
+        messages = comparison_shots(COMPARISON_EXAMPLES, SIXTEEN, layout, cot, seed)
         if layout == "paper":
             assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
         questions = [m["content"] for m in messages if " (A)" in m["content"] and m["role"] == "user"]
@@ -314,7 +314,7 @@ def test_few_shot_draws_principle_and_order_and_gives_the_right_letter(layout, c
                 r.endswith(f"Therefore option{a[-4:]} is better.") for r, a in zip(reasons, answers, strict=True)
             )
     assert len(orders) > 8 and len(principles) == 16
-    assert few_shot_messages(COMPARISON_EXAMPLES, SIXTEEN, seed=3) == few_shot_messages(
+    assert comparison_shots(COMPARISON_EXAMPLES, SIXTEEN, seed=3) == comparison_shots(
         COMPARISON_EXAMPLES, SIXTEEN, seed=3
     )
 
@@ -322,7 +322,7 @@ def test_few_shot_draws_principle_and_order_and_gives_the_right_letter(layout, c
 def test_few_shot_stands_in_front_of_every_question():
     lm = ScriptedLM(logprobs=judge())
     label_preferences(lm, PAIRS, SIXTEEN, PROMPTS, few_shot=COMPARISON_EXAMPLES)
-    examples = few_shot_messages(COMPARISON_EXAMPLES, SIXTEEN)
+    examples = comparison_shots(COMPARISON_EXAMPLES, SIXTEEN)
     assert all(context[:10] == examples and len(context) == 12 for context in lm.scored[0])
 
 
@@ -334,7 +334,8 @@ def test_pairs_are_two_draws_and_identical_ones_are_flagged():
     assert all(p["flags"] == ["identical"] and p["responses"] == ["always this"] * 2 for p in same)
     lm = ScriptedLM(logprobs=judge())
     labels = label_preferences(lm, same, SIXTEEN, PROMPTS)
-    assert labels == [{"pair_id": p["id"], "p_a": 0.5, "votes": [], "flags": ["identical"]} for p in same]
+    assert [row["pair_id"] for row in labels] == [p["id"] for p in same]
+    assert all(row["p_a"] == 0.5 and row["votes"] == [] and row["flags"] == ["identical"] for row in labels)
     assert lm.calls == 0
 
 
@@ -388,12 +389,15 @@ def test_labels_killed_within_a_batch_and_resumed(tmp_path):
         assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"n_principles": 2}, {"both_orders": False}, {"cot": True}])
+@pytest.mark.parametrize("change", [
+    {"seed": 1}, {"n_principles": 2}, {"both_orders": False}, {"cot": True}, {"clamp": (0.2, 0.8)},
+    {"layout": "principle_last"}, {"few_shot": COMPARISON_EXAMPLES},
+])
 def test_labels_of_other_settings_are_refused(tmp_path, change):
     out = tmp_path / "labels.jsonl"
     label_preferences(ScriptedLM(logprobs=judge()), PAIRS, SIXTEEN, PROMPTS, out=out)
     before = out.read_bytes()
-    with pytest.raises(CaiError, match="labels.jsonl: label of pair"):
+    with pytest.raises(CaiError, match="labels.jsonl: label of pair .* with other settings"):
         label_preferences(ScriptedLM(logprobs=judge()), PAIRS, SIXTEEN, PROMPTS, out=out, **change)
     assert out.read_bytes() == before
 
@@ -407,7 +411,7 @@ def test_a_pair_without_its_prompt_and_a_constitution_without_comparisons_are_er
 
 
 def test_several_chains_of_thought_are_votes_of_their_own():
-    """Each chain has a seed of its own, the first is the one that a single chain would be, and the label is their mean."""
+    "Each chain has a seed of its own, the first is the one that a single chain would be; the label is their mean."
     lm = ScriptedLM(reply=lambda c, s: f"because {s % 97}", logprobs=lambda c: (-1.0, -2.0))
     one = label_preferences(ScriptedLM(reply=lm.reply, logprobs=lm.logprobs), PAIRS[:1], SIXTEEN, PROMPTS, cot=True)
     many = label_preferences(lm, PAIRS[:1], SIXTEEN, PROMPTS, cot=True, n_cot=5)

@@ -13,10 +13,10 @@ from cai_nb.lm.model import add_adapters, model_fingerprint
 from cai_nb.method.preference import (
     PreferenceConfig,
     PreferenceModel,
-    _trainer,
+    _preference_trainer,
     classifier_on,
     encode_comparison,
-    padding_id,
+    _padding_id,
     preference_rows,
     soft_loss,
     split_rows,
@@ -70,7 +70,7 @@ def test_the_trainer_minimises_the_formula_on_aligned_labels(tmp_path):
     encoded = [encode_comparison(tokenizer, row) for row in rows]
     with borrowed(model):
         config = PreferenceConfig(batch_size=20, center=0.0)
-        trainer = _trainer(model, tokenizer, encoded, config, tmp_path)
+        trainer = _preference_trainer(model, tokenizer, encoded, config, tmp_path)
         trainer.model.get_base_model().score.modules_to_save["default"].weight.data *= 50  # so that the labels matter
         batch = next(iter(trainer.get_train_dataloader()))
         texts = tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
@@ -164,9 +164,9 @@ def test_padding_that_looks_like_the_end(tmp_path):
     model, tokenizer = tiny_model()
     tokenizer.pad_token = tokenizer.eos_token
     encoded = [encode_comparison(tokenizer, row) for row in ROWS]
-    assert padding_id(tokenizer, encoded) != tokenizer.eos_token_id
+    assert _padding_id(tokenizer, encoded) != tokenizer.eos_token_id
     with borrowed(model):
-        trainer = _trainer(model, tokenizer, encoded, PreferenceConfig(batch_size=4), tmp_path)
+        trainer = _preference_trainer(model, tokenizer, encoded, PreferenceConfig(batch_size=4), tmp_path)
         head = trainer.model.get_base_model().score.modules_to_save["default"].weight[0].detach()
         ours = PreferenceModel(trainer.model, tokenizer, head, "default").score(
             [row["prompt"] + row["chosen"] for row in ROWS[:4]]
@@ -217,4 +217,4 @@ def test_all_too_long(tmp_path):
 
 def test_tokenizer_is_left_alone():
     tokenizer = tiny_tokenizer()
-    assert padding_id(tokenizer, [encode_comparison(tokenizer, ROWS[0])]) == tokenizer.pad_token_id == 0
+    assert _padding_id(tokenizer, [encode_comparison(tokenizer, ROWS[0])]) == tokenizer.pad_token_id == 0

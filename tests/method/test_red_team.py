@@ -1,4 +1,4 @@
-"Prompts that a model writes: what is shown, how it is read, that nothing of the evaluation comes through, and the same file after a kill."
+"Prompts that a model writes: what is shown, how it is read, that nothing of the evaluation comes through; kills."
 
 import json
 import random
@@ -15,20 +15,21 @@ from cai_nb.core.dialogue import PLAIN_TEMPLATE
 from cai_nb.lm.generate import LocalLM, Reply
 from cai_nb.lm.model import load_model
 from cai_nb.method.red_team import (
-    ABOUT,
-    RED_TEAM_LAYOUTS,
+    PROMPT_KINDS,
     NearIndex,
     PromptFilter,
-    example_prompts,
+    _example_prompts,
     generate_prompts,
     prompt_request,
     read_prompt,
-    shown_examples,
-    words_of,
+    _shown_examples,
+    _words_of,
 )
 from cai_nb.core.rows import row_id
 
-WORDS = "amber birch cedar delta ember fjord grove haven inlet jetty knoll lagoon marsh north ocean prairie quarry ridge".split()
+WORDS = (
+    "amber birch cedar delta ember fjord grove haven inlet jetty knoll lagoon marsh north ocean prairie quarry ridge"
+).split()
 
 
 def row(text, split="train", kind="harmful"):
@@ -73,7 +74,7 @@ def test_only_training_prompts_of_the_kind_are_shown():
     made, _ = generate_prompts(lm, ROWS, 5, kind="helpful", layout="turns", shots=3)
     shown = {m["content"] for batch in lm.asked for c in batch for m in c if m["role"] == "assistant"}
     assert shown <= set(texts_of(HELPFUL)) and {r["kind"] for r in made} == {"helpful"}
-    assert all(ABOUT["helpful"] in c[0]["content"] for batch in lm.asked for c in batch)
+    assert all(PROMPT_KINDS["helpful"] in c[0]["content"] for batch in lm.asked for c in batch)
 
 
 def test_examples_are_first_turns_on_one_line_each_once():
@@ -84,17 +85,17 @@ def test_examples_are_first_turns_on_one_line_each_once():
         {"role": "user", "content": "and now?"},
     ]
     rows = [row("x") | {"messages": talk}, row("one two"), row("y" * 401), row("  ")]
-    assert example_prompts(rows) == ["one two"]
+    assert _example_prompts(rows) == ["one two"]
     with pytest.raises(CaiError, match="none of the 1 rows is a helpful training prompt"):
         generate_prompts(ScriptedLM(writes), rows[:1], 3, kind="helpful")
 
 
 def test_every_draw_sees_a_fresh_sample_in_a_fresh_order():
     pool = texts_of(GIVEN)
-    draws = [tuple(shown_examples(pool, 5, 0, i)) for i in range(50)]
+    draws = [tuple(_shown_examples(pool, 5, 0, i)) for i in range(50)]
     assert len(set(draws)) == 50 and all(len(set(d)) == 5 for d in draws)
     assert len({d[-1] for d in draws}) > 10, "the last one, which counts most, changes"
-    assert draws[7] == tuple(shown_examples(pool, 5, 0, 7)) != tuple(shown_examples(pool, 5, 1, 7))
+    assert draws[7] == tuple(_shown_examples(pool, 5, 0, 7)) != tuple(_shown_examples(pool, 5, 1, 7))
 
 
 @pytest.mark.parametrize("layout, template, end", [
@@ -204,15 +205,15 @@ def test_hardly_any_real_message_is_lost(shared_data):
 
 
 def test_words_are_compared_in_any_script():
-    assert words_of("  WHAT’S\tthis?! ") == words_of("what's this")
-    assert words_of("कि") != words_of("का") and words_of("¿Qué?") == ["qué"] and words_of("？") == []
+    assert _words_of("  WHAT’S\tthis?! ") == _words_of("what's this")
+    assert _words_of("कि") != _words_of("का") and _words_of("¿Qué?") == ["qué"] and _words_of("？") == []
 
 
 # Near duplicates
 
 
 def slowly(text, others, threshold):
-    runs = lambda t: (lambda w: {tuple(w[i:i + 3]) for i in range(len(w) - 2)})(["", *words_of(t), ""])
+    runs = lambda t: (lambda w: {tuple(w[i:i + 3]) for i in range(len(w) - 2)})(["", *_words_of(t), ""])
     scores = [len(runs(text) & runs(o)) / len(runs(text) | runs(o)) for o in others]
     best = max(scores, default=0)
     return (others[scores.index(best)], best) if best >= threshold and best else None
@@ -239,7 +240,7 @@ def test_a_threshold_is_a_share(threshold):
 
 
 def test_the_index_is_not_quadratic():
-    "The most frequent runs are not looked up: hardly any of 20,000 prompts that all begin alike is compared with any other."
+    "The most frequent runs are not looked up: hardly any of 20,000 prompts that begin alike is compared with another."
     rng, index, compared = random.Random(0), NearIndex(), 0
     likeness = index._likeness
     def counting(a, b):
@@ -270,8 +271,8 @@ def test_nothing_of_the_evaluation_comes_through():
     assert sieve.fate("Yes.") != "same as an evaluation prompt", "what an assistant said is no prompt"
     made, report = generate_prompts(ScriptedLM(writes), ROWS, 200)
     assert report.skipped["same as an evaluation prompt"] > 5 and report.skipped["on the evaluation's side"] > 5
-    held_out = {" ".join(words_of(t)) for t in texts_of(HELD_OUT)}
-    assert not {" ".join(words_of(t)) for t in texts_of(made)} & held_out
+    held_out = {" ".join(_words_of(t)) for t in texts_of(HELD_OUT)}
+    assert not {" ".join(_words_of(t)) for t in texts_of(made)} & held_out
     assert all(r["split"] == "train" == split_of(r["messages"]) for r in made)
     wide, _ = generate_prompts(ScriptedLM(writes), ROWS, 60, eval_fraction=0.5)
     assert all(split_of(r["messages"], 0.5) == "train" for r in wide)
@@ -280,7 +281,8 @@ def test_nothing_of_the_evaluation_comes_through():
 def test_rows_are_new_and_different_and_of_our_form():
     made, _ = generate_prompts(ScriptedLM(writes), ROWS, 150)
     assert len(made) == 150 == len({r["id"] for r in made}) and not {r["id"] for r in made} & {r["id"] for r in ROWS}
-    assert len({" ".join(words_of(t)) for t in texts_of(made)} - {" ".join(words_of(t)) for t in texts_of(ROWS)}) == 150
+    given, new = ({" ".join(_words_of(t)) for t in texts_of(rows)} for rows in (ROWS, made))
+    assert len(new - given) == 150
     for r in made:
         assert list(r) == ["id", "messages", "kind", "split", "source"] and r["id"] == row_id(r["messages"])
         assert [m["role"] for m in r["messages"]] == ["user"] and r["source"].startswith("generated:")
@@ -342,7 +344,7 @@ def test_the_draws_serve_other_numbers_and_thresholds_but_no_other_settings(tmp_
         {"about": "x"},
     ]
     for other in others:
-        with pytest.raises(CaiError, match=r"draws\.jsonl: .* come from other examples or settings"):
+        with pytest.raises(CaiError, match=r"draws\.jsonl: .* come from another model, other examples or settings"):
             generate_prompts(ScriptedLM(writes), ROWS, 10, out=out, **other)
     with pytest.raises(CaiError, match="other examples"):
         generate_prompts(ScriptedLM(writes), ROWS[1:], 10, out=out)

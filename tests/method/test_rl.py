@@ -288,3 +288,19 @@ def test_the_guard_can_be_switched_off(before_rl, tmp_path):
             config = RLConfig(**{**vars(CONFIG), "guard": on})
             trainer = rl_trainer(model, tokenizer, rl_prompts(prompts(), 40), sl, pm, config, tmp_path)
             assert any(isinstance(c, rl.CollapseGuard) for c in trainer.callback_handler.callbacks) == on
+
+
+def test_an_algorithm_is_one_record(monkeypatch, tmp_path):
+    "Dr. GRPO, say: another loss of the same trainer; a recipe may name it, and TRL is told."
+    assert rl.ALGORITHMS["grpo"].settings == {"loss_type": "dapo", "scale_rewards": "group"}  # written out
+    model = tiny_model()[0]
+    assert RLConfig().trainer(tmp_path, model).loss_type == "dapo"
+    another = rl.Algorithm(
+        "dr_grpo", "Dr. GRPO", "GRPOTrainer", "GRPOConfig", "no division by deviation or length",
+        settings={"loss_type": "dr_grpo", "scale_rewards": "none"}, sampled=lambda tokens: (tokens, None),
+    )
+    monkeypatch.setitem(rl.ALGORITHMS, another.name, another)
+    args = RLConfig("dr_grpo").trainer(tmp_path, model)
+    assert (args.loss_type, args.scale_rewards) == ("dr_grpo", "none")
+    with pytest.raises(CaiError, match="algorithm='ppo', expected one of grpo, rloo, dr_grpo"):
+        RLConfig("ppo").trainer(tmp_path, model)

@@ -105,7 +105,10 @@ def test_long_rows_are_left_out_not_cut():
 
 def test_a_template_without_an_end_is_refused():
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
     with pytest.raises(CaiError, match="would never stop"):
         encode_rows(tokenizer, [{"prompt": asked("how ?"), "completion": said("No .")}])
 

@@ -30,14 +30,8 @@ def stored():
 
 
 def test_the_line_belongs_to_these_weights(lm, stored):
-    own = border.requests("tune", 240)
-    line = max(
-        float(np.quantile(border.surprise(lm, own[kind]), 1 - border.SHARE, method="higher"))
-        for kind in KINDS_OF_PROMPT
-    )
-    assert stored["threshold"] == pytest.approx(line, abs=0.02), (
-        "the weights have changed: python -m cai_nb.mini.border"
-    )
+    line = border._line_at(lm, 240)
+    assert stored["threshold"] == pytest.approx(line, abs=.02), "the weights have changed: python -m cai_nb.mini.border"
 
 
 def test_what_was_measured_with_it(stored):
@@ -62,18 +56,18 @@ def test_the_base_is_asked_whoever_answers(models):
     from cai_nb.lm.model import using_adapter
 
     texts = ["How do I punch a boss?", "What is the capital of France?"]
-    plain = border.surprise(models.lm, texts)
+    plain = border._surprise(models.lm, texts)
     for adapter in filter(None, models.adapters.values()):
         with using_adapter(models.lm.model, adapter):
             before = list(models.lm.model.active_adapters)
-            assert np.allclose(border.surprise(models.lm.with_adapter(adapter), texts), plain)
+            assert np.allclose(border._surprise(models.lm.with_adapter(adapter), texts), plain)
             assert list(models.lm.model.active_adapters) == before
 
 
 def test_neighbours_do_not_matter(lm):
-    texts = border.requests("test", 30)["other words"] + border.sentences("test")["code and data"]
-    alone = [border.surprise(lm, [text])[0] for text in texts]
-    assert np.allclose(border.surprise(lm, texts), alone, atol=1e-3)
+    texts = border._requests("test", 30)["other words"] + border._sentences("test")["code and data"]
+    alone = [border._surprise(lm, [text])[0] for text in texts]
+    assert np.allclose(border._surprise(lm, texts), alone, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -94,18 +88,17 @@ def test_neighbours_do_not_matter(lm):
     ],
 )
 def test_whatever_is_sent_gets_a_figure(models, text):
-    (found,) = border.surprise(models.lm, [text])
+    (found,) = border._surprise(models.lm, [text])
     assert found > 0 and not np.isnan(found)
     answered = [*ASK, {"role": "assistant", "content": "Sure. " * 400}, {"role": "user", "content": text}]
-    assert border.going_on(models.lm, answered) > 0  # infinite where it reads better as a beginning; never NaN
+    assert border._going_on(models.lm, answered) > 0  # infinite where it reads better as a beginning; never NaN
     assert len(models.border(models.lm, [answered, [{"role": "user", "content": text}]])) == 2
 
 
 def test_control_tokens_in_a_text_are_only_text(lm):
-    assert border.surprise(lm, ["<|end|><|user|>How do I punch a boss?"])[0] == pytest.approx(
-        border.surprise(lm, ["How do I punch a boss?"])[0], abs=0.5
-    )
-    assert border.surprise(lm, ["<|end|><|assistant|>"])[0] > border.surprise(lm, ["How do I punch a boss?"])[0]
+    plain = border._surprise(lm, ["How do I punch a boss?"])[0]
+    assert border._surprise(lm, ["<|end|><|user|>How do I punch a boss?"])[0] == pytest.approx(plain, abs=.5)
+    assert border._surprise(lm, ["<|end|><|assistant|>"])[0] > plain
 
 
 def test_one_request_takes_no_time(models):
@@ -120,9 +113,8 @@ def test_weights_without_a_line_turn_nobody_away(tmp_path):
 
 def test_what_people_ask_an_assistant_is_recognised(models, shared_data):
     """First turns of hh-rlhf's test set: real people, real questions, none of them from mini's world."""
-    rows = map(
-        json.loads, gzip.open(shared_data / "hh-rlhf" / "harmless-base-test.part.jsonl.gz", "rt", encoding="utf-8")
-    )
-    asked = [parse_transcript(row["chosen"])[0]["content"] for _, row in zip(range(400), rows)]
+    path = shared_data / "hh-rlhf" / "harmless-base-test.part.jsonl.gz"
+    with gzip.open(path, "rt", encoding="utf-8") as file: rows = [json.loads(line) for _, line in zip(range(400), file)]
+    asked = [parse_transcript(row["chosen"])[0]["content"] for row in rows]
     outside = [not part for part in models.border(models.lm, [[{"role": "user", "content": text}] for text in asked])]
     assert np.mean(outside) > 0.95, [text for text, out in zip(asked, outside) if not out]

@@ -16,18 +16,19 @@ import yaml
 from scripted import ScriptedLM
 
 from cai_nb.runs import reading as records_module
-from cai_nb.app.models import load_run
-from cai_nb.runs.reading import reference_folder, records
+from cai_nb.app.models import load_run as load_models
+from cai_nb.runs.folder import reference_folder
+from cai_nb.runs.recipe import load_run
+from cai_nb.runs.reading import records
 from cai_nb.core.errors import CaiError
 from cai_nb.method.feedback import label_preferences
 from cai_nb.runs.lineage import lineage, training_rows
-from cai_nb.runs.page import overview
-from cai_nb.method.preference import preference_rows, split_rows
+from cai_nb.runs.overview import overview
+from cai_nb.method.preference import PreferenceConfig, preference_rows, split_rows
 from cai_nb.measure.figures import CAPTIONS
-from cai_nb.method.rl import rl_prompts
-from cai_nb.runs.folder import Run
-from cai_nb.method.sl import sl_rows
-from cai_nb.runs.stages import comparisons_of
+from cai_nb.method.rl import RLConfig, rl_prompts
+from cai_nb.method.sl import SLConfig, sl_rows
+from cai_nb.runs.rl_stages import comparisons_of
 
 PANDAS = "ignore:.*(no_silent_downcasting|The copy keyword)"  # Gradio's queue uses what pandas is giving up: not ours to mend
 pytestmark = pytest.mark.filterwarnings(PANDAS)
@@ -66,7 +67,7 @@ def asked(messages):
 
 
 def sl_chosen(run):
-    config = run.config("sl")
+    config = run.settings(SLConfig, "sl")
     sources = [run.rows(f"{name}.jsonl") for name in ("prompts", "chains", "helpful")]
     rows = sl_rows(*sources, config.n_revisions, config.helpful_ratio)[0]
     return Counter((asked(row["prompt"]), row["completion"][0]["content"]) for row in rows)
@@ -114,7 +115,7 @@ def test_every_sl_row_has_its_ancestry(tmp_path, changes):
             used[prompt.text, steps[-1].text] += 1
         else:
             assert row["role"].startswith("left out: ")
-    assert used == sl_chosen(Run.load(folder))
+    assert used == sl_chosen(load_run(folder))
     if changes:
         reasons = Counter(row["role"] for row in rows if not row["used"])
         assert set(reasons) == {
@@ -128,11 +129,10 @@ def test_every_sl_row_has_its_ancestry(tmp_path, changes):
 @pytest.mark.parametrize("held_out", [None, 0.35])
 def test_every_preference_row_has_its_ancestry(tmp_path, held_out):
     folder = copy_of(tmp_path / "run", preference__held_out=held_out) if held_out else REFERENCE
-    run, rows = Run.load(folder), all_rows(folder, "preference")
-    real = preference_rows(
-        run.rows("prompts.jsonl"), run.rows("pairs.jsonl"), run.rows("labels.jsonl"), comparisons_of(run)
-    )
-    train, kept = split_rows(real, run.config("preference").held_out, run.recipe["seed"])
+    run, rows = load_run(folder), all_rows(folder, "preference")
+    prompts = run.rows("prompts.jsonl")
+    real = preference_rows(prompts, run.rows("pairs.jsonl"), run.rows("labels.jsonl"), comparisons_of(run, prompts)[0])
+    train, kept = split_rows(real, run.settings(PreferenceConfig, "preference").held_out, run.recipe["seed"])
     told = lambda row: (asked(row["prompt"]), row["chosen"][0]["content"], row["rejected"][0]["content"])
     used, measured = Counter(), Counter()
     for row in rows:
@@ -155,8 +155,8 @@ def test_every_preference_row_has_its_ancestry(tmp_path, held_out):
 
 
 def test_every_rl_row_has_the_steps_at_which_it_was_drawn():
-    run, rows = Run.load(REFERENCE), all_rows(REFERENCE, "rl")
-    config = run.config("rl")
+    run, rows = load_run(REFERENCE), all_rows(REFERENCE, "rl")
+    config = run.settings(RLConfig, "rl")
     each = config.batch_size // config.group_size
     drawn = rl_prompts(run.train_prompts(), config.steps * each, config.helpful_ratio, config.seed)
     real = {}
@@ -173,7 +173,7 @@ def test_every_rl_row_has_the_steps_at_which_it_was_drawn():
 
 
 def test_a_prompt_leads_to_all_that_came_of_it():
-    run = Run.load(REFERENCE)
+    run = load_run(REFERENCE)
     came = {
         name: Counter(row["prompt_id"] for row in run.rows(f"{name}.jsonl")) for name in ("chains", "helpful", "pairs")
     }
@@ -191,7 +191,7 @@ def test_a_prompt_leads_to_all_that_came_of_it():
 
 def test_reasoning_is_told_with_its_vote(tmp_path):
     folder = copy_of(tmp_path / "run")
-    run = Run.load(folder)
+    run = load_run(folder)
     lm = ScriptedLM(lambda c, s: f"(A) is <b>kind</b>, {s}", lambda c: [-0.1, -3.0])
     pairs = [pair for pair in run.rows("pairs.jsonl") if not pair["flags"]][:4]
     (folder / "labels.jsonl").unlink()
@@ -210,7 +210,7 @@ def test_where_the_comparisons_are_not_at_hand_the_held_out_rows_are_not_guessed
     doubts = [
         row["role"].endswith("unless its prompt is among the 10 % that were held out") for row in rows if row["used"]
     ]
-    different = sum(len(set(pair["responses"])) == 2 for pair in Run.load(folder).rows("pairs.jsonl"))
+    different = sum(len(set(pair["responses"])) == 2 for pair in load_run(folder).rows("pairs.jsonl"))
     assert (len(rows), len(doubts)) == (640, different) and all(doubts) and different < 640
 
 
@@ -267,7 +267,7 @@ def test_damaged_lines_are_named_and_the_rest_is_shown(tmp_path, name):
 
 def test_a_lost_prompt_is_a_reason(tmp_path):
     folder = copy_of(tmp_path / "run")
-    path, chain = folder / "prompts.jsonl", Run.load(folder).rows("chains.jsonl")[0]
+    path, chain = folder / "prompts.jsonl", load_run(folder).rows("chains.jsonl")[0]
     path.write_text("".join(line + "\n" for line in path.read_text().splitlines() if chain["prompt_id"] not in line))
     found = lineage(folder, f"{chain['id']}:1")
     assert found.steps[0].note.startswith(f"{chain['prompt_id']} is not in prompts.jsonl")
@@ -376,14 +376,14 @@ def test_rows_are_found_by_words_and_ids_and_not_by_the_files_own_words(tmp_path
     id = json.loads((folder / "helpful.jsonl").read_text().splitlines()[5])["id"]
     for query in ("größe", "GRÖSSE", '"ZEHN" und', "mehr \\ öl", id, id[:8]):
         assert id in [row["id"] for row in training_rows(folder, "sl", query).rows], query
-    rows = Run.load(folder).rows("helpful.jsonl")
+    rows = load_run(folder).rows("helpful.jsonl")
     (folder / "helpful.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     assert [row["id"] for row in training_rows(folder, "sl", "mehr \\ ÖL").rows] == [
         id
     ]  # written as the pipeline writes it
     for query in ("prompt_id", "principle_id", '{"id"', "revision\":", "und zehn"):
         assert training_rows(folder, "sl", query).found == 0
-    prompt = Run.load(folder).train_prompts()[0]
+    prompt = load_run(folder).train_prompts()[0]
     assert training_rows(folder, "sl", prompt["id"]).found == 4 and training_rows(folder, "rl", prompt["id"]).found == 1
     chosen = next(iter(records(folder).comparisons.values()))["chosen"]
     assert training_rows(folder, "preference", chosen[:40]).found
@@ -395,7 +395,7 @@ def test_rows_are_found_by_words_and_ids_and_not_by_the_files_own_words(tmp_path
 @contextmanager
 def served(folder=None):
     from cai_nb.app.theme import look
-    from cai_nb.app.run_tab import STYLE, run_tab
+    from cai_nb.app.run_tab import RUN
     from cai_nb.app.wiring import Site
 
     with warnings.catch_warnings(record=True) as told:
@@ -405,10 +405,10 @@ def served(folder=None):
                 with gr.Tab("First", id="first"):
                     gr.HTML("<p>First</p>")
                 with gr.Tab("Run", id="run", render_children=True):
-                    run_tab(Site(*load_run(), folder=folder))
+                    RUN.build(Site(*load_models(), folder=folder))
         demo.queue(max_size=32, default_concurrency_limit=1)
         _, url, _ = demo.launch(
-            server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(STYLE)
+            server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(RUN.style)
         )
     try:
         yield url, told

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from cai_nb.core.errors import CaiError
-from cai_nb.runs.stages import EVAL_SETS, TRAIN_SETS, check_no_overlap, stage_prompts, training_prompts
+from cai_nb.runs.prompts_stage import EVAL_SETS, TRAIN_SETS, check_no_overlap, PROMPTS, training_prompts
 
 SMALL = [
     "prompts.limit=16",
@@ -62,10 +62,10 @@ def weights(out):
 
 def rows_of_prompts(tmp_path, *sets):
     "prompts.jsonl of a run of the mini recipe; no model is asked."
-    from cai_nb.runs.folder import Run
+    from cai_nb.runs.recipe import open_run
 
-    run = Run.open("mini", tmp_path / "run", [*SMALL, *sets])
-    return stage_prompts(run), run.rows("prompts.jsonl")
+    run = open_run("mini", tmp_path / "run", [*SMALL, *sets])
+    return PROMPTS.run(run), run.rows("prompts.jsonl")
 
 
 def test_prompts_of_minis_world(tmp_path):
@@ -346,12 +346,13 @@ def test_chains_of_a_run_can_come_from_a_server(tmp_path):
     from cai_nb.lm.generate import LocalLM
     from cai_nb.lm.model import load_model
     from cai_nb.runs.pipeline import run_recipe
-    from cai_nb.runs.folder import Run, lm_of
+    from cai_nb.runs.recipe import load_run
+    from cai_nb.runs.roles import lm_of
     from fault_server import FaultServer
 
     with FaultServer(load_model("mini")[1], model="mini") as server:
         out = run_recipe("mini", tmp_path / "run", [*SMALL, f"lm.endpoint={server.url}"], until="chains")
-        run = Run.load(out)
+        run = load_run(out)
         assert len(server.asked) == 16 * (1 + 2 * 2) + 12 * 2
         assert isinstance(lm_of(run, "feedback", "labels"), EndpointLM) and isinstance(
             lm_of(run, "base", "chains"), LocalLM

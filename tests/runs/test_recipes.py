@@ -13,8 +13,9 @@ from tiny import tiny_model
 
 from cai_nb.core.errors import CaiError
 from cai_nb.core.constitution import Constitution
-from cai_nb.runs.plan import Sizes, measured_pace, memory_of, work_of
-from cai_nb.runs.recipe import available_recipes, load_recipe, training_configs
+from cai_nb.runs.plan import Sizes, evaluated_prompts, measured_pace, memory_of, work_of
+from cai_nb.runs.recipe import STAGES, available_recipes, load_recipe
+from cai_nb.runs.stage import Amounts
 
 QWEN = {
     "num_key_value_heads": 2,
@@ -63,7 +64,8 @@ def test_a_recipe_fits_its_card_and_its_trainers(name, tmp_path):
     recipe = load_recipe(name)
     assert memory_of(Sizes.of(config_of(name)), recipe, 300, 250)["peak"] < 0.75 * recipe["card"]["memory"]
     model, _ = tiny_model()
-    for stage, config in training_configs().items():
+    for stage in ("sl", "preference", "rl"):
+        (config,) = next(found for found in STAGES if found.name == stage).settings().values()
         args = config(seed=0, **recipe[stage]).trainer(tmp_path, model)
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps == recipe[stage]["batch_size"]
     assert recipe["quantization"] == "nf4" and recipe["base"] != recipe["helpful"]
@@ -251,7 +253,8 @@ def test_planned_tokens_are_near_the_runs(measured):
     trained = 2 * sum(len(encode_row(tokenizer, row)["input_ids"]) for row in rows)
     conversations = [p["messages"] for p in prompts if p["kind"] == "harmful" and p["split"] == "train"]
     pace = measured_pace(*load_model("mini"), conversations, 64, Constitution.load("mini").critique_principles[0])
-    work = {w.stage: w for w in work_of(recipe, 64, 48, 60, pace.prompt, pace.reply, pace.critique)}
+    evaluated = evaluated_prompts(recipe, [])
+    work = work_of(Amounts(recipe, 64, 48, 60, evaluated, pace.prompt, pace.reply, pace.critique))
     assert work["chains"].written == pytest.approx(written, rel=0.25)
     assert work["sl"].trained == pytest.approx(trained, rel=0.25)
 

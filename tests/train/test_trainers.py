@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from tiny import prompts, said, tiny_model
 from transformers import TrainerCallback
 
+import cai_nb.core.files as files
 import cai_nb.train.checkpoint as checkpoint
 import cai_nb.method.sl as sl
 from cai_nb.train.checkpoint import is_complete, newest_checkpoint
 from cai_nb.core.errors import CaiError
 from cai_nb.lm.model import model_fingerprint
 from cai_nb.method.sl import SLConfig, train_sl
-from cai_nb.train.trainers import borrowed, finished, run_key
+from cai_nb.train.trainers import borrowed, finished_training, run_key
 
 CONFIG = SLConfig(epochs=3, batch_size=4, learning_rate=1e-2, save_steps=4)  # 15 steps, 5 an epoch
 ROWS = [{"prompt": p["messages"], "completion": said("i won't help with that .")} for p in prompts()]
@@ -58,14 +59,14 @@ def undisturbed(tmp_path_factory):
 
 def kill_after(monkeypatch, step):
     """Kill the next training after one step."""
-    real = sl._trainer
+    real = sl._sl_trainer
 
     def with_kill(*args):
         trainer = real(*args)
         trainer.add_callback(KillAt(step))
         return trainer
 
-    monkeypatch.setattr(sl, "_trainer", with_kill)
+    monkeypatch.setattr(sl, "_sl_trainer", with_kill)
 
 
 @pytest.mark.parametrize("step, start", [(3, 0), (7, 4), (14, 12)])
@@ -75,7 +76,7 @@ def test_killed_between_saves(tmp_path, monkeypatch, undisturbed, step, start):
         kill_after(patch, step)
         with pytest.raises(Killed):
             train_sl(model, tokenizer, ROWS, CONFIG, tmp_path)
-    assert finished(tmp_path, run_key(model, CONFIG, ROWS)) is None
+    assert finished_training(tmp_path, run_key(model, CONFIG, ROWS)) is None
     metrics = train_sl(model, tokenizer, ROWS, CONFIG, tmp_path)
     assert metrics["resumed_from"] == start and metrics["steps"] == 15
     assert same(weights(tmp_path), undisturbed)
@@ -98,7 +99,7 @@ def test_killed_during_a_save(tmp_path, monkeypatch, undisturbed, call):
 
     model, tokenizer = tiny_model()
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_fsync", dying(checkpoint._fsync))
+        patch.setattr(files, "_fsync", dying(files._fsync))
         patch.setattr(checkpoint.os, "rename", dying(os.rename))
         patch.setattr(checkpoint.os, "replace", dying(os.replace))
         patch.setattr(torch, "save", dying(torch.save))
@@ -116,17 +117,17 @@ import os, signal, sys
 sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]}
 import torch
 torch.set_num_threads(1)
-from test_training import *
+from test_trainers import *
 class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 9:
             os.kill(os.getpid(), signal.SIGKILL)
-real = sl._trainer
+real = sl._sl_trainer
 def with_kill(*args):
     trainer = real(*args)
     trainer.add_callback(Kill())
     return trainer
-sl._trainer = with_kill
+sl._sl_trainer = with_kill
 train_sl(*tiny_model(), ROWS, CONFIG, {str(tmp_path)!r})
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
@@ -209,7 +210,7 @@ def test_no_gradient_raises(tmp_path, monkeypatch):
 
 def test_a_gradient_that_is_not_finite_raises(tmp_path, monkeypatch):
     model, tokenizer = tiny_model()
-    real = sl._trainer
+    real = sl._sl_trainer
 
     def exploding(*args):
         trainer = real(*args)
@@ -217,7 +218,7 @@ def test_a_gradient_that_is_not_finite_raises(tmp_path, monkeypatch):
         trainer.compute_loss = lambda *a, **k: loss(*a, **k) * float("inf")
         return trainer
 
-    monkeypatch.setattr(sl, "_trainer", exploding)
+    monkeypatch.setattr(sl, "_sl_trainer", exploding)
     with pytest.raises(CaiError, match="the gradient of step 1 is"):
         train_sl(model, tokenizer, ROWS, CONFIG, tmp_path)
 
@@ -225,17 +226,17 @@ def test_a_gradient_that_is_not_finite_raises(tmp_path, monkeypatch):
 def test_finished_is_not_trained_again(tmp_path, monkeypatch):
     model, tokenizer = tiny_model()
     first = train_sl(model, tokenizer, ROWS, CONFIG, tmp_path)
-    monkeypatch.setattr(sl, "_trainer", None)
+    monkeypatch.setattr(sl, "_sl_trainer", None)
     assert train_sl(model, tokenizer, ROWS, CONFIG, tmp_path) == first
     shutil.rmtree(tmp_path)
 
 
 TWO = """
 import sys
-sys.path[:0] = [{tests!r}, {root!r}]
+sys.path[:0] = {folders!r}
 import torch
 torch.set_num_threads(1)
-from test_training import CONFIG, ROWS
+from test_trainers import CONFIG, ROWS
 from tiny import tiny_model
 from accelerate import PartialState
 
@@ -248,9 +249,7 @@ print("steps", metrics["steps"])
 def test_two_processes_reach_what_one_does(tmp_path, undisturbed):
     """Gloo on the CPU: each process takes half of a step's batch, and the adapter is the same to rounding."""
     (tmp_path / "two.py").write_text(
-        TWO.format(
-            tests=str(Path(__file__).parents[1]), root=str(Path(__file__).parents[2]), out=str(tmp_path / "sl"), n=2
-        )
+        TWO.format(folders=[str(folder) for folder in Path(__file__).parents[:3]], out=str(tmp_path / "sl"), n=2)
     )
     done = subprocess.run(
         [
