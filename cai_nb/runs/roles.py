@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..core.errors import CaiError
-from .folder import Run
+from .folder import Run, say
 
 # %% auto #0
-__all__ = ['SHELF', 'ROLES', 'JUDGES', 'Shelf', 'role_name', 'base_of', 'lm_of', 'adapted', 'JudgeKind', 'judge_of', 'flag_of']
+__all__ = ['SHELF', 'ROLES', 'JUDGES', 'Shelf', 'role_name', 'base_of', 'lm_of', 'adapted', 'say_read', 'JudgeKind', 'judge_of',
+           'flag_of']
 
 # %% ../../nbs/runs/01_roles.ipynb #956804ac
 class Shelf:
@@ -93,6 +94,17 @@ def adapted(
         check_template(tokenizer, folder)
     with borrowed(model):
         yield LocalLM(add_adapters(model, folders), tokenizer, batch_size=run.recipe[section]["batch_size"])
+
+# %% ../../nbs/runs/01_roles.ipynb #5ede60bb
+def say_read(
+    lm,  # that a stage asked
+) -> dict[str, int]:  # for its counts; empty for a server, which counts for itself
+    "Tell how many token positions were computed, of how many that were asked for."
+    tally = getattr(lm, "tally", None)
+    if tally is None or not tally.asked:
+        return {}
+    say(f"      {tally}")
+    return {"tokens_read": tally.read, "tokens_asked": tally.asked}
 
 # %% ../../nbs/runs/01_roles.ipynb #90584ee2
 @dataclass(frozen=True)
