@@ -136,22 +136,6 @@ def _setting_of(field: dataclasses.Field, hint) -> Setting:
     return Setting(field.name, default, kind, item, null, **facts)
 
 # %% ../../nbs/core/08_settings.ipynb #9eed3f6d
-def _fitted(value, setting: Setting, where: str, name: str):
-    "`value` as it is kept; an error says what was expected."
-    if setting.kind is None or value is None and setting.null:
-        return value
-    if setting.kind is list and isinstance(value, (list, tuple)):
-        each = dataclasses.replace(setting, default=MISSING, kind=setting.item, null=False)
-        return [_fitted(item, each, where, f"{name}[{i}]") for i, item in enumerate(value)]
-    if not _has_kind(value, setting.kind):
-        raise CaiError(f"{where}: {name} is {value!r}, expected {_wanted(setting)}")
-    if setting.kind is float:
-        value = _finite(value, where, name)
-    if not _in_range(value, setting):
-        raise CaiError(f"{where}: {name} is {value!r}, expected {setting.range_words}{_way_out(setting)}")
-    return value
-
-
 def _has_kind(value, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
@@ -174,7 +158,7 @@ def _in_range(value, setting: Setting) -> bool:
     return ((setting.low is None or value >= setting.low) and (setting.high is None or value <= setting.high)
             and (setting.above is None or value > setting.above))
 
-
+# %% ../../nbs/core/08_settings.ipynb #d0f1b1af
 def _wanted(setting: Setting) -> str:
     "The choices, or the type with an example where there is one."
     if setting.among:
@@ -186,6 +170,22 @@ def _wanted(setting: Setting) -> str:
 
 def _way_out(setting: Setting) -> str:
     return "" if setting.among or setting.default in (None, MISSING) else f"; the default is {setting.default!r}"
+
+
+def _fitted(value, setting: Setting, where: str, name: str):
+    "`value` as it is kept; an error says what was expected."
+    if setting.kind is None or value is None and setting.null:
+        return value
+    if setting.kind is list and isinstance(value, (list, tuple)):
+        each = dataclasses.replace(setting, default=MISSING, kind=setting.item, null=False)
+        return [_fitted(item, each, where, f"{name}[{i}]") for i, item in enumerate(value)]
+    if not _has_kind(value, setting.kind):
+        raise CaiError(f"{where}: {name} is {value!r}, expected {_wanted(setting)}")
+    if setting.kind is float:
+        value = _finite(value, where, name)
+    if not _in_range(value, setting):
+        raise CaiError(f"{where}: {name} is {value!r}, expected {setting.range_words}{_way_out(setting)}")
+    return value
 
 # %% ../../nbs/core/08_settings.ipynb #c503e2e4
 def _laid_over(old: dict, new: dict) -> dict:

@@ -24,7 +24,7 @@ from cai_nb.core.constitution import Constitution
 from cai_nb.core.dialogue import encode_conversation, encode_text, stop_token_ids
 from cai_nb.core.errors import CaiError
 from cai_nb.lm.endpoint import NEUTRAL, EndpointLM
-from cai_nb.lm.http import Server, backoff
+from cai_nb.lm.http import backoff
 from cai_nb.method.critique import critique_revise
 from cai_nb.method.feedback import label_preferences, sample_pairs
 
