@@ -1,10 +1,13 @@
-"""Chains, ragged batches and labels against the named peers: process-CPU seconds on one thread, interleaved, medians of five.
+"""Chains, ragged batches and labels against the named peers: process-CPU seconds on one thread, interleaved,
+medians of five.
 
     python benchmarks/generation.py [--only chains|ragged|labels|growth|roofline ...] [--repeats 5] [--quick]
 
 The model is mini with room for 2,048 tokens, in fp32. Peers are what one would write first:
-  generate   `model.generate` on left-padded batches of 64, which reads every conversation from its first word, nine times a chain
-  pipeline   `transformers.pipeline`, one prompt at a time (8 of the 64 prompts a repetition, times 8: its cost is one prompt's)
+  generate   `model.generate` on left-padded batches of 64, which reads every conversation from its first word,
+  nine times a chain
+  pipeline   `transformers.pipeline`, one prompt at a time (8 of the 64 prompts a repetition, times 8: its cost is
+  one prompt's)
   padded     `model.generate` on a batch whose finished rows stay, on the same kind of cache as ours before it had slots
   forwards   every question of a label read whole, in padded batches of 64
 Writes benchmarks/results/generation.json, growth.json and a figure. No test asserts a time.
@@ -256,7 +259,9 @@ def ragged(repeats: int, n: int = 64) -> dict:
     def padded():
         texts = [lm.encode(c) for c in talks]
         width = max(map(len, texts))
-        ids, mask = (torch.tensor([[0] * (width - len(p)) + (p if what else [1] * len(p)) for p in texts]) for what in (1, 0))
+        ids, mask = (
+            torch.tensor([[0] * (width - len(p)) + (p if what else [1] * len(p)) for p in texts]) for what in (1, 0)
+        )
         peer.written = 0
         def work():
             with torch.no_grad():
@@ -443,7 +448,8 @@ def table(found: dict) -> str:
     if "roofline" in found:
         r = found["roofline"]
         lines.append(
-            f"a step of 64 rows: {r['step_ms']:.1f} ms; at least {r['least_ms']:.1f} ms by {r['gflops']:.0f} GFLOP/s and {r['gb_per_s']:.0f} GB/s ({100 * r['share']:.0f} %); "
+            f"a step of 64 rows: {r['step_ms']:.1f} ms; at least {r['least_ms']:.1f} ms by {r['gflops']:.0f} GFLOP/s and "
+            f"{r['gb_per_s']:.0f} GB/s ({100 * r['share']:.0f} %); "
             f"cache {r['cache_mib_shared']:.0f} MiB, copied it would be {r['cache_mib_copied']:.0f}"
         )
     return "\n".join(lines)

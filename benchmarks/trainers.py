@@ -91,7 +91,10 @@ class Rows:
     def __init__(self, stage, steps):
         self.steps, n, rng = steps, steps * BATCH[stage], random.Random(0)
         said = lambda p, sort: [
-            {"role": "assistant", "content": world.write_reply(oracle.find_topic(p["messages"][0]["content"]), sort, rng)}
+            {
+                "role": "assistant",
+                "content": world.write_reply(oracle.find_topic(p["messages"][0]["content"]), sort, rng),
+            }
         ]
         better = lambda p: "objection" if p["kind"] == "harmful" else "comply"
         worse = lambda p: rng.choice([sort for sort in world.SORTS[:4] if sort != better(p)])

@@ -1911,6 +1911,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'cai_nb.runs.stage.Role': ('runs/stage.html#role', 'cai_nb/runs/stage.py'),
                                    'cai_nb.runs.stage.RowKind': ('runs/stage.html#rowkind', 'cai_nb/runs/stage.py'),
                                    'cai_nb.runs.stage.Stage': ('runs/stage.html#stage', 'cai_nb/runs/stage.py'),
+                                   'cai_nb.runs.stage.Stage.__repr__': ('runs/stage.html#stage.__repr__', 'cai_nb/runs/stage.py'),
                                    'cai_nb.runs.stage.Stage.__str__': ('runs/stage.html#stage.__str__', 'cai_nb/runs/stage.py'),
                                    'cai_nb.runs.stage.Work': ('runs/stage.html#work', 'cai_nb/runs/stage.py'),
                                    'cai_nb.runs.stage.Work.tokens': ('runs/stage.html#work.tokens', 'cai_nb/runs/stage.py'),

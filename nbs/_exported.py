@@ -1,4 +1,5 @@
-"""Look at what nbdev wrote, which it does not do itself: modules that no notebook exports any more, and Python that is too new.
+"""Look at what nbdev wrote, which it does not do itself: modules that no notebook exports any more, and Python
+that is too new.
 
     python nbs/_exported.py        # after nbdev-export; `make export` calls it
 """

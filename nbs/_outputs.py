@@ -1,4 +1,5 @@
-"""Run notebooks from the top and store their outputs, without what went to stderr (progress bars, warnings with local paths).
+"""Run notebooks from the top and store their outputs, without what went to stderr (progress bars, warnings with
+local paths).
 
     python nbs/_outputs.py nbs/method/01_critique.ipynb ...
 """

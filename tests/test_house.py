@@ -177,7 +177,17 @@ def test_code_lines_have_at_most_120_characters():
 def test_names_are_defined_and_imports_used():
     """What a linter knows without running anything: undefined names, imports that nobody uses."""
     paths = [PACKAGE, ROOT / "nbs", ROOT / "tests", ROOT / "benchmarks"]
-    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--output-format=concise", "--select", "F821"]
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--isolated",
+        "--no-cache",
+        "--output-format=concise",
+        "--select",
+        "F821",
+    ]
     undefined = subprocess.run([*command, *map(str, paths)], capture_output=True, text=True)
     assert undefined.returncode == 0, undefined.stdout
     command[command.index("F821")] = "F401"

@@ -1,6 +1,7 @@
 """vLLM on mini, and recorded replies of it.
 
-python tests/vllm_server.py record VLLM_PYTHON     writes tests/recorded/vllm.json anew (after mini or a request has changed)
+python tests/vllm_server.py record VLLM_PYTHON     writes tests/recorded/vllm.json anew (after mini or a request
+has changed)
 """
 import json
 import os

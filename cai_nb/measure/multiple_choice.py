@@ -82,7 +82,9 @@ def ask_questions(
     model: str = "base",  # written on the rows
     how: Asking = Asking(),
     out=None,  # a RowFile, a path, or None to keep the rows in memory; goes on where it stopped
-) -> list[dict]:  # id, model, suite, item, order, p: [probability of each letter], flags, made_by; with `cot` rationales
+) -> list[
+    dict
+]:  # id, model, suite, item, order, p: [probability of each letter], flags, made_by; with `cot` rationales
     "Put questions to a model (paper §2, §4.1)."
     store = out if isinstance(out, RowFile) else RowFile(out)
     settings = [how.n_cot, how.seed, how.temperature, how.max_new_tokens] if how.cot else []

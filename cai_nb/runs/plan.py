@@ -62,7 +62,7 @@ def reply_length(
     ended: int,  # how many were not
     longest: int,  # at which the run would cut them
 ) -> float:
-    "The mean length of replies of which some were cut off too early, if each token is as likely as another to be the last."
+    "The mean length of replies, some of them cut off, if every token is as likely to be the last."
     return min(longest, sum(lengths) / ended) if ended else float(longest)
 
 

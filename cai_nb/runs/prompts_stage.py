@@ -103,14 +103,14 @@ def sources_of(
 def check_no_overlap(
     rows: list[dict],  # of prompts.jsonl
 ) -> None:
-    "Raise if a prompt's words stand in both the training and the evaluation split."
-    def words(row):
-        return "\n".join(" ".join(m["content"].lower().split()) for m in row["messages"])
+    "Raise if a prompt to train on opens as one of the evaluation does."
+    from cai_nb.core.prompts import opening_of, without_prompts
 
-    sides = {split: {words(row) for row in rows if row["split"] == split} for split in ("train", "eval")}
-    if both := sides["train"] & sides["eval"]:
-        raise CaiError(f"prompts: {len(both)} are in training and in evaluation, such as {sorted(both)[0][:60]!r}; "
-                       "split them by content")
+    sides = {split: [row for row in rows if row["split"] == split] for split in ("train", "eval")}
+    _, both = without_prompts(sides["train"], sides["eval"])
+    if both:
+        raise CaiError(f"prompts: {len(both)} are in training and in evaluation, such as "
+                       f"{opening_of(both[0]['messages'])[:60]!r}; split them by content")
 
 # %% ../../nbs/runs/03_prompts_stage.ipynb #720435c8
 def _generated(run: Run, kind: str, rows: list[dict]) -> tuple[list[dict], dict]:

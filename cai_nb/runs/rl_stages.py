@@ -134,7 +134,9 @@ LABELS = Stage(
 def comparisons_of(
     run: Run,
     prompts: list[dict],  # rows of prompts.jsonl
-) -> tuple[list[dict], list[dict]]:  # rows {id, messages, chosen, rejected}; those that open as an evaluation prompt does
+) -> tuple[
+    list[dict], list[dict]
+]:  # rows {id, messages, chosen, rejected}; those that open as an evaluation prompt does
     "Helpfulness comparisons of the recipe's source to train on (paper §4.2: by people), and what must stay outside."
     from cai_nb.core.prompts import load_comparisons, without_prompts
 

@@ -110,8 +110,14 @@ def _oracle():
     return oracle
 
 
-JUDGES = [JudgeRecord("mini", "the oracle of mini's world", "It parses every sentence of that world exactly, and knows no other.",
-                      _oracle)]
+JUDGES = [
+    JudgeRecord(
+        "mini",
+        "the oracle of mini's world",
+        "It parses every sentence of that world exactly, and knows no other.",
+        _oracle,
+    )
+]
 
 
 def judge_of(

@@ -98,7 +98,7 @@ def left_out(
     return Role(False, f"left out: {limit}")
 
 # %% ../../nbs/runs/02_stage.ipynb #3b865a12
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Stage:
     "One stage of a run, as everybody else needs to know it."
     name: str  # its entry of the manifest, its section of the recipe
@@ -115,6 +115,9 @@ class Stage:
 
     def __str__(self) -> str:
         return self.name
+
+    def __repr__(self) -> str:
+        return f"Stage({self.name}: {', '.join(self.reads) or 'nothing'} → {', '.join(self.writes) or 'nothing'})"
 
 # %% ../../nbs/runs/02_stage.ipynb #0a40c03e
 def metrics_of(

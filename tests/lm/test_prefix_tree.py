@@ -71,7 +71,14 @@ def tokenizer_of(family):
 
 def lm_of(family, size=64):
     """A random model of the family's architecture that ends its turn now and then."""
-    from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+    from transformers import (
+        AutoModelForCausalLM,
+        Gemma3TextConfig,
+        LlamaConfig,
+        MistralConfig,
+        Qwen2Config,
+        Qwen3Config,
+    )
 
     tokenizer = tokenizer_of(family)
     shape = {
@@ -150,7 +157,8 @@ def test_chains_over_real_templates_equal_uncached_ones(family, least, monkeypat
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chains_compute_the_least(family, monkeypatch, counted):
-    """No position more than the tree of all texts has. (Sampled: a greedy chain that comes back to an old text reads it again.)"""
+    """No position more than the tree of all texts has. (Sampled: a greedy chain that comes back to an old text
+    reads it again.)"""
     sharing(monkeypatch, 1)
     lm = lm_of(family)
     critique_revise(lm, prompts(6), PRINCIPLES, **CHAIN | {"temperature": 1.0})
@@ -228,8 +236,14 @@ def test_two_sets_of_examples_side_by_side_and_back_again(counted, monkeypatch):
     """Rows of two kinds in one call, then one kind, then the other: each set is read once."""
     sharing(monkeypatch, 1)
     lm = lm_of("qwen2.5")
-    sets = [[m for e in some for m in [*asked(e.prompt + " " + " ".join(WORDS) * 3),
-                                       {"role": "assistant", "content": e.response}]] for some in (SHORT[:1], SHORT[:2])]
+    sets = [
+        [
+            m
+            for e in some
+            for m in [*asked(e.prompt + " " + " ".join(WORDS) * 3), {"role": "assistant", "content": e.response}]
+        ]
+        for some in (SHORT[:1], SHORT[:2])
+    ]
     talk = lambda i, words: [*sets[i], *asked(words)]
     with lm.session() as one:
         for turn, kinds in enumerate(([0, 1, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [1, 0, 1, 0])):
@@ -240,7 +254,8 @@ def test_two_sets_of_examples_side_by_side_and_back_again(counted, monkeypatch):
 
 
 def test_what_is_no_longer_used_gives_its_memory_back():
-    """Twenty sets of examples one after another: the tree holds those in use and some spare, and the tensors are freed."""
+    """Twenty sets of examples one after another: the tree holds those in use and some spare, and the tensors are
+    freed."""
     import gc
 
     lm = lm_of("smollm2")

@@ -1,4 +1,5 @@
-"""What was read is not read again, and nothing else changes: chains and labels against plain, uncached passes, one at a time."""
+"""What was read is not read again, and nothing else changes: chains and labels against plain, uncached passes, one
+at a time."""
 
 import random
 import subprocess
@@ -55,7 +56,8 @@ SHORT = tuple(
 
 
 class Plain:
-    "An `LM` that answers one conversation at a time, greedily, by `generate` without a cache, and scores by plain passes."
+    """An `LM` that answers one conversation at a time, greedily, by `generate` without a cache, and scores by plain
+    passes."""
 
     def __init__(self, lm):
         self.lm, self.digest = lm, lm.digest  # the same model, so its rows have the same ids
@@ -213,7 +215,8 @@ def reading(monkeypatch):
 
 
 def test_a_chain_reads_little_twice(monkeypatch):
-    """Nine calls over ever longer conversations: fewer tokens than the last call alone has, for each step that it adds."""
+    """Nine calls over ever longer conversations: fewer tokens than the last call alone has, for each step that it
+    adds."""
     lm, rows = lm_of("mini"), prompts(16, "mini")
     counted = reading(monkeypatch)
     chains = critique_revise(
@@ -322,7 +325,8 @@ talk = [{"role": "user", "content": "How can I bake a cake? " * 30}]
 lm.sample([talk] * 2, max_new_tokens=2)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 600 * 2**20,) * 2)
-replies = lm.sample([[{"role": "user", "content": f"{i}. " + talk[0]["content"]}] for i in range(1500)], max_new_tokens=2)
+asked = [[{"role": "user", "content": f"{i}. " + talk[0]["content"]}] for i in range(1500)]
+replies = lm.sample(asked, max_new_tokens=2)
 assert len(replies) == 1500 and all(len(r) == 1 for r in replies)
 print("rows at once", _fitting[lm.model])
 """
@@ -332,7 +336,8 @@ print("rows at once", _fitting[lm.model])
 
 
 def test_a_model_without_slots_goes_the_plain_way():
-    """ALiBi is added inside Bloom's own attention, which cannot be exchanged: the same seam, the loop of notebook lm/decoding."""
+    """ALiBi is added inside Bloom's own attention, which cannot be exchanged: the same seam, the loop of notebook
+    lm/decoding."""
     from tiny import tiny_tokenizer
     from transformers import AutoModelForCausalLM, BloomConfig
 

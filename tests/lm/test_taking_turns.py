@@ -1,4 +1,5 @@
-"""Whatever runs a shared model takes its lock itself: two threads cannot meet while its attention or adapter is exchanged."""
+"""Whatever runs a shared model takes its lock itself: two threads cannot meet while its attention or adapter is
+exchanged."""
 
 import threading
 

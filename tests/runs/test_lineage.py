@@ -1,4 +1,5 @@
-"""Every training row of a run has its ancestry, and the rows are those of training; the tab that shows it in Chromium and over HTTP."""
+"""Every training row of a run has its ancestry, and the rows are those of training; the tab that shows it in
+Chromium and over HTTP."""
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ from cai_nb.method.rl import RLConfig, rl_prompts
 from cai_nb.method.sl import SLConfig, sl_rows
 from cai_nb.runs.rl_stages import comparisons_of
 
-PANDAS = "ignore:.*(no_silent_downcasting|The copy keyword)"  # Gradio's queue uses what pandas is giving up: not ours to mend
+PANDAS = "ignore:.*(no_silent_downcasting|The copy keyword)"  # Gradio's queue uses what pandas is giving up
 pytestmark = pytest.mark.filterwarnings(PANDAS)
 REFERENCE = reference_folder()
 ROW_FILES = ("prompts.jsonl", "chains.jsonl", "helpful.jsonl", "pairs.jsonl", "labels.jsonl")

@@ -20,7 +20,10 @@ def test_the_page_is_one_file_that_runs_nothing(run):
     samples = run / "eval/samples.jsonl"
     lines = samples.read_text().splitlines() if samples.exists() else []
     rows = [json.loads(line) for line in lines] or [
-        {"model": m, "set": "harmful", "prompt": "p", "response": "r", "kind": "harmful"} for m in ("base", "sl", "rl") for _ in range(12)]
+        {"model": m, "set": "harmful", "prompt": "p", "response": "r", "kind": "harmful"}
+        for m in ("base", "sl", "rl")
+        for _ in range(12)
+    ]
     rows[0] |= {"response": "</p><script>alert(1)</script>", "prompt": '"><img src=x onerror=1>'}
     samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = write_page(run).read_text()

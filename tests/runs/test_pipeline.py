@@ -1,4 +1,5 @@
-"""The pipeline as a user starts it: a killed run ends with the files of an undisturbed one, and bad input is one line."""
+"""The pipeline as a user starts it: a killed run ends with the files of an undisturbed one, and bad input is one
+line."""
 import hashlib
 import json
 import os
@@ -69,7 +70,8 @@ def rows_of_prompts(tmp_path, *sets):
 
 
 def test_prompts_of_minis_world(tmp_path):
-    """Every set for evaluation; in training one push-back in eight, one follow-up and one contested in eight; dialogues end in a user turn."""
+    """Every set for evaluation; in training one push-back in eight, one follow-up and one contested in eight;
+    dialogues end in a user turn."""
     counts, rows = rows_of_prompts(tmp_path, "prompts.limit=64", "helpfulness.limit=40")
     assert counts == {"harmful_train": 64, "helpful_train": 40, "harmful_eval": 32, "helpful_eval": 32}
     held_out = [x for x in rows if x["split"] == "eval"]
@@ -98,7 +100,8 @@ def test_few_prompts_are_a_fair_sample_of_many():
 
 
 def test_no_topic_is_on_both_sides(tmp_path):
-    """Push-back names no topic of its own: what it is about is known from the first turn, and that one is not in training."""
+    """Push-back names no topic of its own: what it is about is known from the first turn, and that one is not in
+    training."""
     from cai_nb.mini.oracle import topic_of
 
     _, rows = rows_of_prompts(tmp_path, "prompts.limit=64", "helpfulness.limit=64", "eval.n=24")
@@ -127,7 +130,8 @@ def test_overlap_is_found_on_the_words_of_all_turns():
 
 
 def test_a_quoted_refusal_is_context_and_never_learnt():
-    """SL-CAI learns the last reply alone; RL-CAI is given the rest as its prompt; the preference model compares whole conversations."""
+    """SL-CAI learns the last reply alone; RL-CAI is given the rest as its prompt; the preference model compares
+    whole conversations."""
     from cai_nb.core.dialogue import encode_conversation
     from cai_nb.lm.model import load_model
     from cai_nb.method.preference import encode_comparison
@@ -272,7 +276,8 @@ def test_constitutions_compared_on_a_run(whole, tmp_path):
 
 
 def test_suites_of_the_paper(whole, tmp_path, shared_data):
-    """Every item in every order for all three models; the leaked ones known, and left out beside; the rest of the metrics stays."""
+    """Every item in every order for all three models; the leaked ones known, and left out beside; the rest of the
+    metrics stays."""
     import shutil
 
     out = tmp_path / "run"
@@ -341,7 +346,8 @@ def test_real_input_goes_through_every_stage(tmp_path, shared_data):
 
 
 def test_chains_of_a_run_can_come_from_a_server(tmp_path):
-    """`lm.endpoint`: the helpful role is asked there, every row comes back, and the base is still the one that trains."""
+    """`lm.endpoint`: the helpful role is asked there, every row comes back, and the base is still the one that
+    trains."""
     from cai_nb.lm.endpoint import EndpointLM
     from cai_nb.lm.generate import LocalLM
     from cai_nb.lm.model import load_model

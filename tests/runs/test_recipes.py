@@ -1,4 +1,5 @@
-"""Recipes: each fits its card, its plan holds against a measured run, and the road of real models is driven on small ones."""
+"""Recipes: each fits its card, its plan holds against a measured run, and the road of real models is driven on
+small ones."""
 
 import json
 import os
