@@ -238,6 +238,7 @@ from dataclasses import replace
 from test_votes import *
 from serving import free_port
 from cai_nb.app.arena_tab import ARENA
+from cai_nb.app.models import load_run
 from cai_nb.app.theme import look
 from cai_nb.app.wiring import Site
 torch.set_num_threads(1)
