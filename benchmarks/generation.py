@@ -382,7 +382,6 @@ def roofline(repeats: int) -> dict:
         return amount * times / cpu(lambda: [work() for _ in range(times)])[0]
     flops = speed(lambda: a @ b, 2 * 64 * 128 * 2304, 300)
     bandwidth = speed(lambda: big.sum(), big.numel() * 4, 10)
-    from cai_nb.lm.session import Session
     from cai_nb.lm.cache import Slots, read_prefix
     prefix, own, rows = 400, 60, 64
     slots = Slots(model, rows, own + 40, read_prefix(model, list(range(20, 20 + prefix))))

@@ -46,6 +46,7 @@ def make(downloads: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    make(Path(sys.argv[1]), Path(sys.argv[2]))
+    if len(sys.argv) == 3:
+        make(Path(sys.argv[1]), Path(sys.argv[2]))
+    else:
+        print(__doc__)

@@ -9,46 +9,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 OK = (200, {})
 STATUS = {  # fault → status and headers
-    "408": (408, {}),
-    "409": (409, {}),
+    **{name: (int(name), {}) for name in "408 409 500 502 503 400 401 403 404 422 501".split()},
     "429": (429, {"Retry-After": "0.3"}),
-    "500": (500, {}),
-    "502": (502, {}),
-    "503": (503, {}),
-    "400": (400, {}),
-    "401": (401, {}),
-    "403": (403, {}),
-    "404": (404, {}),
-    "422": (422, {}),
-    "501": (501, {}),
     "429 tomorrow": (429, {"Retry-After": "86400"}),
 }
 PASSING = (
-    "408",
-    "409",
-    "429",
-    "500",
-    "502",
-    "503",
-    "cut",
-    "cut body",
-    "slow",
-    "drip",
-    "html",
-    "half",
-    "aborted",
-    "error in 200",
-    "odd",
-    "no choice",
-    "two choices",
-    "text is null",
+    "408", "409", "429", "500", "502", "503", "cut", "cut body", "slow", "drip", "html", "half", "aborted",
+    "error in 200", "odd", "no choice", "two choices", "text is null",
 )
 FINAL = ("400", "401", "403", "404", "422", "501")
 BLIND = ("no logprobs", "null logprob", "nan logprob", "few logprobs", "positive logprob", "infinite logprob")
 
 
 class FaultServer:
-    "Answers from a hash of what it is asked; `faults` are used up one for each POST, or chosen by a function of it; those given are noted."
+    """Answers from a hash of what it is asked, and notes what it did.
+
+    `faults` are used up one for each POST, or chosen by a function of it.
+    """
 
     def __init__(self, tokenizer=None, owner="faults", model="m", context=512):
         self.tokenizer, self.owner, self.model, self.context = tokenizer, owner, model, context

@@ -23,7 +23,8 @@ from cai_nb.lm.model import load_model, lora_config, save_adapter
 from cai_nb.mini import world
 
 BASE = "mini"
-PANDAS = "ignore:.*(no_silent_downcasting|The copy keyword)"  # Gradio's queue uses what pandas is giving up: not ours to mend
+# Gradio's queue uses what pandas is giving up: not ours to mend
+PANDAS = "ignore:.*(no_silent_downcasting|The copy keyword)"
 
 
 def make_run(folder: Path, stages=("sl", "rl")) -> Path:
@@ -150,7 +151,7 @@ class Mallinfo(ctypes.Structure):
 
 
 def in_use() -> dict[str, int]:
-    "What this process holds, without what its allocators keep to use it again: blocks of Python, bytes of malloc, threads."
+    "What this process holds, without what allocators keep to use again: blocks of Python, bytes of malloc, threads."
     gc.collect()
     libc.mallinfo2.restype = Mallinfo
     now = libc.mallinfo2()

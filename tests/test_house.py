@@ -153,6 +153,38 @@ def test_notebook_form(notebook):
     assert len(json.dumps(outputs)) < 1_000_000, "stored outputs are small"
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=relative)
+def test_links_between_notebooks_lead_somewhere(notebook):
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    dead = [link for link in re.findall(r"\]\(([^)#:]+\.ipynb)\)", text) if not (notebook.parent / link).is_file()]
+    assert not dead, f"no such notebook: {dead}"
+
+
+def test_code_lines_have_at_most_120_characters():
+    """Modules, cells, tests and benchmarks. The first line of a module and its list of names are nbdev's."""
+    long = []
+    for notebook in NOTEBOOKS:
+        for i, cell in enumerate(json.loads(notebook.read_text(encoding="utf-8"))["cells"]):
+            lines = "".join(cell["source"]).splitlines() if cell["cell_type"] == "code" else []
+            long += [f"{relative(notebook)}, cell {i}: {line[:60]}…" for line in lines if len(line) > 120]
+    for path in [*ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("nbs/*.py"), ROOT / "app.py"]:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        long += [f"{relative(path)}:{i}: {line[:60]}…" for i, line in enumerate(lines, 1) if len(line) > 120]
+    assert not long, "\n".join(long)
+
+
+def test_names_are_defined_and_imports_used():
+    """What a linter knows without running anything: undefined names, imports that nobody uses."""
+    paths = [PACKAGE, ROOT / "nbs", ROOT / "tests", ROOT / "benchmarks"]
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--output-format=concise", "--select", "F821"]
+    undefined = subprocess.run([*command, *map(str, paths)], capture_output=True, text=True)
+    assert undefined.returncode == 0, undefined.stdout
+    command[command.index("F821")] = "F401"
+    unused = subprocess.run([*command, "--exclude", "__init__.py", str(PACKAGE)], capture_output=True, text=True)
+    assert unused.returncode == 0, unused.stdout
+
+
 # Modules
 
 
@@ -218,12 +250,39 @@ def test_module_is_old_enough_and_documented(path):
     """It compiles under the oldest supported Python's grammar, and everything it exports has a docstring."""
     module = tree(path)
     assert ast.get_docstring(module), "no module docstring; it comes from the notebook's > line"
-    exported = next(
-        ast.literal_eval(n.value) for n in module.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__"
-    )
+    exported = exported_names(path)
     definitions = [n for n in module.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in exported]
     bare = [n.name for n in definitions if not ast.get_docstring(n)]
     assert not bare, f"without a docstring: {bare}"
+
+
+def exported_names(path: Path) -> list[str]:
+    """What stands in a module's `__all__`."""
+    assigned = [node for node in tree(path).body if isinstance(node, ast.Assign)]
+    return next(ast.literal_eval(node.value) for node in assigned if getattr(node.targets[0], "id", "") == "__all__")
+
+
+def test_no_public_name_stands_twice():
+    """A name that others import means one thing in the whole package."""
+    found = {}
+    for path in MODULES:
+        for name in exported_names(path):
+            found.setdefault(name, []).append(relative(path))
+    assert not {name: paths for name, paths in found.items() if len(paths) > 1}
+
+
+def test_the_face_of_the_package():
+    """About 25 names, each with a docstring; one of them imports only what it needs."""
+    code = (
+        "import sys; from cai_nb import Constitution, critique_revise\n"
+        "print('torch' in sys.modules, 'gradio' in sys.modules)\n"
+        "import cai_nb; print(len(dir(cai_nb)), [n for n in cai_nb._FACE if not getattr(cai_nb, n).__doc__])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    light, face = out.stdout.strip().splitlines()
+    assert light == "False False" and face == f"{len(dir(__import__('cai_nb')))} []", out.stderr
+    with pytest.raises(ImportError, match="cannot import name 'nothing'"):
+        exec("from cai_nb import nothing")
 
 
 def test_import_and_command_line_stay_light():
@@ -314,7 +373,7 @@ def test_wheel_works_outside_the_checkout(wheel, tmp_path):
     _, site = wheel
     code = (
         f"import sys; sys.path.insert(0, {str(site)!r})\n"
-        "import cai_nb; from cai_nb.core.constitution import Constitution; from cai_nb.core.files import package_folder\n"
+        "import cai_nb; from cai_nb import Constitution; from cai_nb.core.files import package_folder\n"
         f"assert cai_nb.__file__.startswith({str(site)!r}), cai_nb.__file__\n"
         "assert package_folder('recipes').is_relative_to(sys.path[0])\n"
         "print(len(Constitution.load('harmlessness').principles))"

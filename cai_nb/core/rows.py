@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from fastcore.basics import patch
+
 from .errors import CaiError
 from .files import sync_name
 
@@ -126,27 +128,29 @@ class RowFile:
     def __repr__(self) -> str:
         return f"RowFile({self.path.name if self.path else 'in memory'}, {len(self.rows)} rows)"
 
-    def append(
-        self,
-        rows: Iterable[dict],  # new rows; an id that is already there is refused
-    ) -> None:
-        "Add `rows` in one write, flushed to disk before returning."
-        lines = [_dump(row) for row in rows]
-        rows = [json.loads(line) for line in lines]  # what memory holds is what the file will say
-        seen = set()
-        for row in rows:
-            id = row.get(self.key)
-            if not isinstance(id, str) or id in self.by_id or id in seen:
-                raise CaiError(f"{self.path or 'rows in memory'}: {self.key} {id!r} is missing or already there; "
-                               "ids must be new strings")
-            seen.add(id)
-        if self.path is not None and lines:
-            _append(self.path, "".join(line + "\n" for line in lines).encode())
-        self._admit(rows)
-
     def _admit(self, rows: list[dict]) -> None:
         self.rows += rows
         self.by_id |= {row[self.key]: row for row in rows}
+
+# %% ../../nbs/core/05_rows.ipynb #2abf9e31
+@patch
+def append(
+    self: RowFile,
+    rows: Iterable[dict],  # new rows; an id that is already there is refused
+) -> None:
+    "Add `rows` in one write, flushed to disk before returning."
+    lines = [_dump(row) for row in rows]
+    rows = [json.loads(line) for line in lines]  # what memory holds is what the file will say
+    seen = set()
+    for row in rows:
+        id = row.get(self.key)
+        if not isinstance(id, str) or id in self.by_id or id in seen:
+            raise CaiError(f"{self.path or 'rows in memory'}: {self.key} {id!r} is missing or already there; "
+                           "ids must be new strings")
+        seen.add(id)
+    if self.path is not None and lines:
+        _append(self.path, "".join(line + "\n" for line in lines).encode())
+    self._admit(rows)
 
 # %% ../../nbs/core/05_rows.ipynb #b5904e06
 def batches(

@@ -61,7 +61,7 @@ def session(
 # %% ../../nbs/lm/06_bulk.ipynb #69bff86d
 def converse(
     lm,  # an `LM`
-    scripts: list,  # generators: each yields (conversation, seed), is sent (text, flags), and returns something at its end
+    scripts: list,  # generators: each yields (conversation, seed), is sent (text, flags), returns something
     temperature: float = 1.0,
     max_new_tokens: int = 256,
     layout: str = "chat",  # as in `read_reply`

@@ -6,9 +6,8 @@
 __all__ = ['ATTENTION', 'attend', 'Shared', 'attend_in_parts', 'blocks_of', 'like_lengths', 'has_slots', 'Prefix', 'Tally',
            'Slots', 'read_prefix']
 
-# %% ../../nbs/lm/02_cache.ipynb #6c1b9672
+# %% ../../nbs/lm/02_cache.ipynb #48b2989e
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from inspect import signature
@@ -18,7 +17,7 @@ from fastcore.basics import patch
 
 from .model import model_lock
 
-# %% ../../nbs/lm/02_cache.ipynb #a31b6dc6
+# %% ../../nbs/lm/02_cache.ipynb #268671f4
 def attend(
     query: torch.Tensor,  # [B, G, n, D]
     key: torch.Tensor,  # [B, G, W, D]
@@ -51,7 +50,7 @@ def _attend_plainly(query, key, value, mask, scale, softcap):
 
 _KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
-# %% ../../nbs/lm/02_cache.ipynb #13567ba2
+# %% ../../nbs/lm/02_cache.ipynb #bf5e1858
 @dataclass
 class Shared:
     "Keys and values that some rows of a pass have in common."
@@ -98,7 +97,7 @@ def _attend_shared(query: torch.Tensor, run: Shared, scale, softcap):
         weight = torch.where(run.mask.amax(-1) < 0, float("-inf"), weight)
     return out, weight
 
-# %% ../../nbs/lm/02_cache.ipynb #874ab029
+# %% ../../nbs/lm/02_cache.ipynb #1749bde1
 def blocks_of(
     lengths: list[int],  # tokens of neighbouring rows
     overhead: int = 400,  # padded keys that a further block costs as much as
@@ -115,19 +114,21 @@ def blocks_of(
 def _cuts(lengths: tuple[int, ...], overhead: int) -> list[tuple[int, int]]:
     best, cut = [0], [0]  # for the first k rows: least cost, and where the last block begins
     for k in range(1, len(lengths) + 1):
-        longest, costs = 0, {}
+        longest, least, where = 0, None, None
         for j in range(k - 1, -1, -1):
-            longest = max(longest, lengths[j])
-            costs[j] = best[j] + overhead + (k - j) * longest
-        cut.append(min(costs, key=costs.get))
-        best.append(costs[cut[-1]])
+            longest = lengths[j] if lengths[j] > longest else longest
+            cost = best[j] + (k - j) * longest
+            if least is None or cost < least:
+                least, where = cost, j
+        cut.append(where)
+        best.append(least + overhead)
     blocks, k = [], len(lengths)
     while k:
         blocks.append((cut[k], k))
         k = cut[k]
     return blocks[::-1]
 
-# %% ../../nbs/lm/02_cache.ipynb #f983c1b4
+# %% ../../nbs/lm/02_cache.ipynb #336a81a7
 def like_lengths(
     lengths: list[int],  # tokens of each row
     overhead: int = 48,  # tokens that a further pass costs as much as
@@ -137,7 +138,7 @@ def like_lengths(
     blocks = blocks_of([lengths[i] for i in order], overhead)
     return [sorted(order[part]) for part, _ in blocks]
 
-# %% ../../nbs/lm/02_cache.ipynb #149e6462
+# %% ../../nbs/lm/02_cache.ipynb #109e005a
 ATTENTION = f"{__name__}.slots"  # each copy of this module, a notebook's too, has an entry of its own
 _running = threading.local()
 
@@ -155,10 +156,10 @@ def _attention(
     "Attention of one layer over the slots that are being read."
     rows, heads, length, width = query.shape
     reading, scale = _running.reading, width**-0.5 if scaling is None else scaling
-    shared, blocks = reading.shared(module.layer_idx, sliding_window, heads // key.shape[1], query.dtype), reading.blocks
-    mask = reading.mask(sliding_window, heads // key.shape[1], query.dtype)
+    sight = sliding_window, heads // key.shape[1], query.dtype
+    mask, shared = reading.mask(*sight), reading.shared(module.layer_idx, *sight)
     grouped = query.reshape(rows, key.shape[1], -1, width)  # the heads of a group below each other
-    out = attend_in_parts(grouped, (key, value), mask, shared, blocks, scale, softcap)
+    out = attend_in_parts(grouped, (key, value), mask, shared, reading.blocks, scale, softcap)
     return out.reshape(rows, heads, length, width).transpose(1, 2).contiguous(), None
 
 
@@ -173,7 +174,7 @@ def has_slots(
     exchangeable = bool(getattr(base, "_supports_attention_backend", False))
     return plain and exchangeable and not any(name.endswith("sinks") for name, _ in base.named_parameters())
 
-# %% ../../nbs/lm/02_cache.ipynb #a94038fe
+# %% ../../nbs/lm/02_cache.ipynb #3bb2d53d
 @dataclass(eq=False)
 class Prefix:
     "Keys and values of a run of tokens that rows stand behind; runs may stand behind each other."
@@ -194,7 +195,7 @@ class Prefix:
         return [tuple(torch.cat([layers[i][j][:, a:b] for layers, a, b in runs], 1) for j in (0, 1))
                 for i in range(len(self.layers))]
 
-# %% ../../nbs/lm/02_cache.ipynb #cbc9bb3b
+# %% ../../nbs/lm/02_cache.ipynb #c23d2374
 @dataclass
 class Tally:
     "What was read: tokens that a model computed, and how many it would have without anything kept."
@@ -210,7 +211,7 @@ class Tally:
     def __str__(self) -> str:
         return f"read {self.read:,} of {self.asked:,} tokens"
 
-# %% ../../nbs/lm/02_cache.ipynb #c7678a23
+# %% ../../nbs/lm/02_cache.ipynb #41fecd51
 class _Reading:
     "One pass: which rows get which tokens, and what each of them sees."
 
@@ -274,9 +275,9 @@ def _added(hidden: torch.Tensor, dtype, heads: int) -> torch.Tensor:
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf")).repeat(
         1, 1, heads, 1)
 
-# %% ../../nbs/lm/02_cache.ipynb #9f43fec0
+# %% ../../nbs/lm/02_cache.ipynb #863ed40e
 class Slots:
-    "Keys and values of many rows: each grows, is rolled back, moves and is forked on its own, behind a prefix or none."
+    "Keys and values of many rows: each grows, is rolled back and moves on its own, behind a prefix or none."
     is_compileable = False  # asked by `transformers` of every cache
 
     def __init__(
@@ -322,7 +323,7 @@ class Slots:
             ]
         return self.buffers[layer]
 
-# %% ../../nbs/lm/02_cache.ipynb #ba95beef
+# %% ../../nbs/lm/02_cache.ipynb #ca552743
 @patch
 def read(
     self: Slots,
@@ -384,7 +385,7 @@ def _widened(buffer: torch.Tensor, width: int) -> torch.Tensor:
     wide[:, :, :buffer.shape[2]] = buffer
     return wide
 
-# %% ../../nbs/lm/02_cache.ipynb #3a7da0f3
+# %% ../../nbs/lm/02_cache.ipynb #a9f25cf5
 def read_prefix(
     model,  # a causal language model for which `has_slots`
     tokens: list[int],  # what rows begin with
@@ -398,7 +399,7 @@ def read_prefix(
     layers = [tuple(buffer[0, :, :len(tokens)].clone() for buffer in slots.buffers[i]) for i in sorted(slots.buffers)]
     return Prefix(layers, start, slots.ends(0), before)
 
-# %% ../../nbs/lm/02_cache.ipynb #eb542fe4
+# %% ../../nbs/lm/02_cache.ipynb #76282391
 @patch
 def move(
     self: Slots,
@@ -432,7 +433,7 @@ def forked(
         new.buffers[layer] = [_widened(buffer[sources, :, :longest], new.width + 1) for buffer in pair]
     return new
 
-# %% ../../nbs/lm/02_cache.ipynb #1fa653b2
+# %% ../../nbs/lm/02_cache.ipynb #247d7df8
 @patch
 def known(
     self: Slots,

@@ -121,7 +121,7 @@ class LocalLM:
 
     @contextmanager
     def session(self) -> "Iterator[LocalLM]":
-        "Within the block, what was read for the i-th conversation of a call is not read again for the i-th of the next."
+        "Within the block, what was read for the i-th row of a call is not read again for the i-th of the next."
         yield replace(self, memory=self._remembering())
 
     def _remembering(self) -> Session:
@@ -147,145 +147,72 @@ class LocalLM:
         "Tokens up to where the assistant speaks: after its header, or inside its turn if that was left open."
         return prompt_tokens(self.tokenizer, conversation)
 
-    def sample(
-        self,
-        conversations: list[list[dict]],  # each ends with a user's turn, or with an open assistant's
-        n: int = 1,  # replies to each
-        temperature: float = 1.0,  # 0 is greedy; the paper samples at 1 throughout (§3.2)
-        max_new_tokens: int = 256,  # per reply
-        seed: int | list[int] = 0,  # for the call, or one for each conversation
-    ) -> list[list[Reply]]:  # in the order of `conversations`, `n` for each
-        "Sample replies. What a row says depends on its seed and its conversation, not on its neighbours."
-        prompts, seeds = self._prompts(conversations, max_new_tokens), seeds_for(seed, len(conversations))
-        order, replies = list(range(len(prompts))), [[] for _ in prompts]
-        if self.memory is None:  # rows of like length follow each other; with a memory each keeps its place
-            order.sort(key=lambda i: len(prompts[i][0]))
-        size = max(1, len(order) if has_slots(self.model) else self.batch_size // n)
-        with self._ready() as memory:
-            for start in range(0, len(order), size):
-                batch = order[start:start + size]
-                state = self._growing(
-                    memory, [prompts[i][0] for i in batch], [seeds[i] for i in batch], temperature, max_new_tokens, n
-                )
-                for _ in state.run():
-                    pass
-                found = list(zip(state.replies(), map(bool, state.done)))
-                for place, i in enumerate(batch):
-                    replies[i] = [
-                        self._reply(tokens, done, prompts[i][1]) for tokens, done in found[place * n : place * n + n]
-                    ]
-        return replies
 
-    def _reply(self, tokens: list[int], done: bool, cut: tuple[str, ...]) -> Reply:
-        (text,) = self._texts([tokens])
-        return Reply(text, done, flag_reply(text, done) + cut, len(tokens))
+_fitting = WeakKeyDictionary()  # model → rows that its memory was found to hold
 
-    def converse(
-        self,
-        scripts: list,  # generators: each yields (conversation, seed), is sent the `Reply`, and so on to its end
-        temperature: float = 1.0,
-        max_new_tokens: int = 256,  # per reply
-    ) -> list:  # what each script returned
-        "Many dialogues at once, each at its own pace: a row that has its reply goes on without waiting for the others."
-        lines = [_Line(script) for script in scripts]
-        while talking := [line for line in lines if line.asked]:
-            talks, seeds = ([line.asked[i] for line in talking] for i in (0, 1))
-            if has_slots(self.model):
-                self._follow(talking, talks, seeds, temperature, max_new_tokens)
-                continue
-            for line, (reply,) in zip(
-                talking, self.sample(talks, 1, temperature, max_new_tokens, seeds)
-            ):  # all in step
-                line.send(reply)
-        return [line.result for line in lines]
+# %% ../../nbs/lm/05_generate.ipynb #bcb196d8
+@patch
+def _prompts(self: LocalLM, conversations, reserve: int) -> list[tuple[list[int], tuple[str, ...]]]:
+    return [cut_prompt(self.encode(conversation), self.context, reserve) for conversation in conversations]
 
-    def _follow(self, talking: list, talks, seeds, temperature: float, max_new_tokens: int) -> None:
-        "Run scripts as far as they can be read along with the others."
-        prompts = self._prompts(talks, max_new_tokens)
 
-        def follow(row):
-            line = talking[row]
-            line.send(self._reply(state.out[row], state.done[row], prompts[row][1]))
-            if not line.asked:
-                return None
-            (prompts[row],) = self._prompts([line.asked[0]], max_new_tokens)
-            return prompts[row][0], row_uniforms(line.asked[1], prompts[row][0], 0, max_new_tokens)
+@patch
+def _growing(
+    self: LocalLM, memory, prompts, seeds, temperature, max_new_tokens, n=1, adapters=None, follow=None
+) -> Growing | Decoding:
+    t = self.tokenizer
+    uniforms = [row_uniforms(s, p, j, max_new_tokens) for s, p in zip(seeds, prompts) for j in range(n)]
+    uniforms = np.reshape(uniforms, (-1, max_new_tokens))
+    if has_slots(self.model):
+        return Growing(memory, prompts, uniforms, stop_token_ids(t), temperature, n, adapters, text_stop(t), follow)
+    pad = next((id for id in (t.pad_token_id, t.eos_token_id) if id is not None), 0)
+    return Decoding(self.model, prompts, uniforms, stop_token_ids(t), pad, temperature, n, adapters, text_stop(t))
 
-        with self._ready() as memory:
-            state = self._growing(memory, [p for p, _ in prompts], seeds, temperature, max_new_tokens, follow=follow)
+
+@patch
+def _texts(self: LocalLM, replies: list[list[int]]) -> list[str]:
+    ended = text_stop(self.tokenizer)
+    texts = self.tokenizer.batch_decode(replies, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return [(ended.cut(text) if ended else text).strip() for text in texts]
+
+
+@patch
+def _reply(self: LocalLM, tokens: list[int], done: bool, cut: tuple[str, ...]) -> Reply:
+    (text,) = self._texts([tokens])
+    return Reply(text, done, flag_reply(text, done) + cut, len(tokens))
+
+# %% ../../nbs/lm/05_generate.ipynb #8381876d
+@patch
+def sample(
+    self: LocalLM,
+    conversations: list[list[dict]],  # each ends with a user's turn, or with an open assistant's
+    n: int = 1,  # replies to each
+    temperature: float = 1.0,  # 0 is greedy; the paper samples at 1 throughout (§3.2)
+    max_new_tokens: int = 256,  # per reply
+    seed: int | list[int] = 0,  # for the call, or one for each conversation
+) -> list[list[Reply]]:  # in the order of `conversations`, `n` for each
+    "Sample replies. What a row says depends on its seed and its conversation, not on its neighbours."
+    prompts, seeds = self._prompts(conversations, max_new_tokens), seeds_for(seed, len(conversations))
+    order, replies = list(range(len(prompts))), [[] for _ in prompts]
+    if self.memory is None:  # rows of like length follow each other; with a memory each keeps its place
+        order.sort(key=lambda i: len(prompts[i][0]))
+    size = max(1, len(order) if has_slots(self.model) else self.batch_size // n)
+    with self._ready() as memory:
+        for start in range(0, len(order), size):
+            batch = order[start:start + size]
+            state = self._growing(
+                memory, [prompts[i][0] for i in batch], [seeds[i] for i in batch], temperature, max_new_tokens, n
+            )
             for _ in state.run():
                 pass
+            found = list(zip(state.replies(), map(bool, state.done)))
+            for place, i in enumerate(batch):
+                replies[i] = [
+                    self._reply(tokens, done, prompts[i][1]) for tokens, done in found[place * n : place * n + n]
+                ]
+    return replies
 
-    def choice_logprobs(
-        self,
-        contexts: list[list[dict]],  # each ends with a user's turn, or with an open assistant's
-        choices: list[str],  # such as " (A)" and " (B)", leading space included
-    ) -> np.ndarray:  # [n_contexts, n_choices], float64
-        "Log-probability of each choice as the assistant's next words: the sum over all its tokens."
-        answers = [encode_text(self.tokenizer, choice) for choice in choices]
-        if not answers or not all(answers):
-            raise CaiError(f"choices: expected texts of at least one token, found {choices}")
-        prompts = [prompt for prompt, _ in self._prompts(contexts, max(map(len, answers)))]
-        if not prompts:
-            return np.zeros((0, len(choices)))
-        with self._ready() as memory:
-            if has_slots(self.model):
-                return score(memory, prompts, answers)
-            return plain_scores(self.model, prompts, answers, self.batch_size)
-
-    def stream(
-        self,
-        conversations: list[list[dict]],  # as for `sample`
-        adapters: list[str | None] | None = None,  # one for each row, None for the base; left out: this view's own
-        temperature: float = 1.0,  # 0 is greedy
-        max_new_tokens: int = 256,  # per row
-        seed: int | list[int] = 0,  # as for `sample`: the same seed gives the same reply
-        stop: Callable[[], bool] | None = None,  # asked before every step; True ends the stream
-    ) -> Iterator[list[str]]:  # after every step, the texts of all rows so far
-        "All rows grow together in one batch, each with its own adapter. End it by `stop`, or close the iterator."
-        names = self._adapters(adapters, len(conversations))
-        prompts = [prompt for prompt, _ in self._prompts(conversations, max_new_tokens)]
-        state = self._growing(
-            self._remembering(), prompts, seeds_for(seed, len(prompts)), temperature, max_new_tokens, adapters=names
-        )
-        steps = state.run()
-        while not (stop is not None and stop()):
-            with model_lock(self.model), evaluating(self.model):  # for one step only: the reader may stay away for long
-                if next(steps, steps) is steps:
-                    return
-                texts = self._texts(state.replies())
-            yield texts
-
-    def _prompts(self, conversations, reserve: int) -> list[tuple[list[int], tuple[str, ...]]]:
-        return [cut_prompt(self.encode(conversation), self.context, reserve) for conversation in conversations]
-
-    def _growing(
-        self, memory, prompts, seeds, temperature, max_new_tokens, n=1, adapters=None, follow=None
-    ) -> Growing | Decoding:
-        t = self.tokenizer
-        uniforms = [row_uniforms(s, p, j, max_new_tokens) for s, p in zip(seeds, prompts) for j in range(n)]
-        uniforms = np.reshape(uniforms, (-1, max_new_tokens))
-        if has_slots(self.model):
-            return Growing(memory, prompts, uniforms, stop_token_ids(t), temperature, n, adapters, text_stop(t), follow)
-        pad = next((id for id in (t.pad_token_id, t.eos_token_id) if id is not None), 0)
-        return Decoding(self.model, prompts, uniforms, stop_token_ids(t), pad, temperature, n, adapters, text_stop(t))
-
-    def _texts(self, replies: list[list[int]]) -> list[str]:
-        ended = text_stop(self.tokenizer)
-        texts = self.tokenizer.batch_decode(replies, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return [(ended.cut(text) if ended else text).strip() for text in texts]
-
-    def _adapters(self, adapters, count: int) -> list[str] | None:
-        "Names as PEFT wants them, or None for a model without adapters."
-        names = [self.adapter] * count if adapters is None else list(adapters)
-        known = adapter_names(self.model)
-        wrong = [name for name in names if name is not None and name not in known]
-        if wrong or len(names) != count:
-            raise CaiError(f"adapters {names} for {count} conversations: expected one for each, "
-                           f"None or among {', '.join(known) or 'none (this model has no adapters)'}")
-        return [name or "__base__" for name in names] if known else None
-
-
+# %% ../../nbs/lm/05_generate.ipynb #aa276fc2
 class _Line:
     "A script while it runs: `asked` is what it waits for, None at its end, where `result` is what it returned."
 
@@ -299,8 +226,101 @@ class _Line:
         except StopIteration as end:
             self.asked, self.result = None, end.value
 
+# %% ../../nbs/lm/05_generate.ipynb #657e85fd
+@patch
+def converse(
+    self: LocalLM,
+    scripts: list,  # generators: each yields (conversation, seed), is sent the `Reply`, and so on to its end
+    temperature: float = 1.0,
+    max_new_tokens: int = 256,  # per reply
+) -> list:  # what each script returned
+    "Many dialogues at once, each at its own pace: a row that has its reply goes on without waiting for the others."
+    lines = [_Line(script) for script in scripts]
+    while talking := [line for line in lines if line.asked]:
+        talks, seeds = ([line.asked[i] for line in talking] for i in (0, 1))
+        if has_slots(self.model):
+            self._follow(talking, talks, seeds, temperature, max_new_tokens)
+            continue
+        for line, (reply,) in zip(
+            talking, self.sample(talks, 1, temperature, max_new_tokens, seeds)
+        ):  # all in step
+            line.send(reply)
+    return [line.result for line in lines]
 
-_fitting = WeakKeyDictionary()  # model → rows that its memory was found to hold
+
+@patch
+def _follow(self: LocalLM, talking: list, talks, seeds, temperature: float, max_new_tokens: int) -> None:
+    "Run scripts as far as they can be read along with the others."
+    prompts = self._prompts(talks, max_new_tokens)
+
+    def follow(row):
+        line = talking[row]
+        line.send(self._reply(state.out[row], state.done[row], prompts[row][1]))
+        if not line.asked:
+            return None
+        (prompts[row],) = self._prompts([line.asked[0]], max_new_tokens)
+        return prompts[row][0], row_uniforms(line.asked[1], prompts[row][0], 0, max_new_tokens)
+
+    with self._ready() as memory:
+        state = self._growing(memory, [p for p, _ in prompts], seeds, temperature, max_new_tokens, follow=follow)
+        for _ in state.run():
+            pass
+
+# %% ../../nbs/lm/05_generate.ipynb #f82dae90
+@patch
+def choice_logprobs(
+    self: LocalLM,
+    contexts: list[list[dict]],  # each ends with a user's turn, or with an open assistant's
+    choices: list[str],  # such as " (A)" and " (B)", leading space included
+) -> np.ndarray:  # [n_contexts, n_choices], float64
+    "Log-probability of each choice as the assistant's next words: the sum over all its tokens."
+    answers = [encode_text(self.tokenizer, choice) for choice in choices]
+    if not answers or not all(answers):
+        raise CaiError(f"choices: expected texts of at least one token, found {choices}")
+    prompts = [prompt for prompt, _ in self._prompts(contexts, max(map(len, answers)))]
+    if not prompts:
+        return np.zeros((0, len(choices)))
+    with self._ready() as memory:
+        if has_slots(self.model):
+            return score(memory, prompts, answers)
+        return plain_scores(self.model, prompts, answers, self.batch_size)
+
+# %% ../../nbs/lm/05_generate.ipynb #41737e36
+@patch
+def stream(
+    self: LocalLM,
+    conversations: list[list[dict]],  # as for `sample`
+    adapters: list[str | None] | None = None,  # one for each row, None for the base; left out: this view's own
+    temperature: float = 1.0,  # 0 is greedy
+    max_new_tokens: int = 256,  # per row
+    seed: int | list[int] = 0,  # as for `sample`: the same seed gives the same reply
+    stop: Callable[[], bool] | None = None,  # asked before every step; True ends the stream
+) -> Iterator[list[str]]:  # after every step, the texts of all rows so far
+    "All rows grow together in one batch, each with its own adapter. End it by `stop`, or close the iterator."
+    names = self._adapters(adapters, len(conversations))
+    prompts = [prompt for prompt, _ in self._prompts(conversations, max_new_tokens)]
+    state = self._growing(
+        self._remembering(), prompts, seeds_for(seed, len(prompts)), temperature, max_new_tokens, adapters=names
+    )
+    steps = state.run()
+    while not (stop is not None and stop()):
+        with model_lock(self.model), evaluating(self.model):  # for one step only: the reader may stay away for long
+            if next(steps, steps) is steps:
+                return
+            texts = self._texts(state.replies())
+        yield texts
+
+
+@patch
+def _adapters(self: LocalLM, adapters, count: int) -> list[str] | None:
+    "Names as PEFT wants them, or None for a model without adapters."
+    names = [self.adapter] * count if adapters is None else list(adapters)
+    known = adapter_names(self.model)
+    wrong = [name for name in names if name is not None and name not in known]
+    if wrong or len(names) != count:
+        raise CaiError(f"adapters {names} for {count} conversations: expected one for each, "
+                       f"None or among {', '.join(known) or 'none (this model has no adapters)'}")
+    return [name or "__base__" for name in names] if known else None
 
 # %% ../../nbs/lm/05_generate.ipynb #bb677e36
 @patch(as_prop=True)

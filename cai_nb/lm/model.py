@@ -62,14 +62,16 @@ def check_template(
     strange = [m for m in _CONTROL.findall(text) if m not in tokenizer.get_added_vocab()]
     if strange:
         raise CaiError(
-            f"the chat template of {tokenizer.name_or_path!r} writes {strange[0]}, which its tokenizer knows only as text: it is "
-            "the template of another model; use the model's own, or remove it for the plain Human/Assistant form"
+            f"the chat template of {tokenizer.name_or_path!r} writes {strange[0]}, "
+            "which its tokenizer knows only as text: "
+            "it is the template of another model; use the model's own, or remove it for the plain Human/Assistant form"
         )
     trained = Path(folder) / "chat_template.jinja" if folder else None
     if trained and trained.is_file() and trained.read_text(encoding="utf-8").strip() != tokenizer.chat_template.strip():
         raise CaiError(
-            f"{trained}: this adapter was trained with another chat template than the one of {tokenizer.name_or_path!r}; load the "
-            "base that it was trained on (its README.md names it), or train it again"
+            f"{trained}: this adapter was trained with another chat template "
+            f"than the one of {tokenizer.name_or_path!r}; load "
+            "the base that it was trained on (its README.md names it), or train it again"
         )
     return tokenizer
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['numbers_kept', 'rows_that_fit', 'out_of_memory', 'Session', 'Growing', 'score']
 
-# %% ../../nbs/lm/04_session.ipynb #8111a1d2
+# %% ../../nbs/lm/04_session.ipynb #4f40e689
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
@@ -17,7 +17,7 @@ from .cache import Slots, Tally
 from .decoding import TextStop, pick_tokens
 from .prefix_tree import Node, PrefixTree, Reader, common_length, grow, trim
 
-# %% ../../nbs/lm/04_session.ipynb #14368c33
+# %% ../../nbs/lm/04_session.ipynb #0f8b9d41
 def numbers_kept(
     config,  # of a language model
 ) -> int:
@@ -41,7 +41,7 @@ def rows_that_fit(
     free = torch.cuda.mem_get_info(model.device)[0] + unused
     return max(1, min(wanted, int(share * free / row)))
 
-
+# %% ../../nbs/lm/04_session.ipynb #a494b41d
 def out_of_memory(
     error: Exception,
 ) -> bool:
@@ -49,9 +49,9 @@ def out_of_memory(
     on_cpu = isinstance(error, RuntimeError) and "allocate memory" in str(error)
     return on_cpu or isinstance(error, torch.OutOfMemoryError)
 
-# %% ../../nbs/lm/04_session.ipynb #d881029e
+# %% ../../nbs/lm/04_session.ipynb #1be19218
 class Session:
-    "A model and what it has read: prompts given to it again, a little longer or a little changed, are read from there on."
+    "A model and what it has read: prompts that come again, a little longer or changed, are read from there on."
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Session:
             self.slots = Slots(self.model, count, width, tally=self.tally)
             self.held, self.row_of = [[] for _ in range(count)], list(range(count))
 
-# %% ../../nbs/lm/04_session.ipynb #a5c4ed34
+# %% ../../nbs/lm/04_session.ipynb #e843dbfd
 @patch
 def fetch(
     self: Session,
@@ -91,12 +91,13 @@ def fetch(
 ) -> None:
     "Bring the slots that hold what these rows have read to where they will be."
     slot_of = {row: slot for slot, row in enumerate(self.row_of)}
-    nobodys = iter([slot for slot in range(first, len(self.row_of)) if self.row_of[slot] not in rows])
+    asked, last = set(rows), first + len(rows)
+    nobodys = iter([slot for slot in range(first, len(self.row_of)) if self.row_of[slot] not in asked])
     sources = [slot_of[row] if row in slot_of else next(nobodys) for row in rows]
-    last = first + len(rows)
-    displaced = iter([slot for slot in range(first, last) if slot not in sources])
-    order = [*range(first), *sources,
-             *(next(displaced) if slot in sources else slot for slot in range(last, len(self.row_of)))]
+    taken = set(sources)
+    displaced = iter([slot for slot in range(first, last) if slot not in taken])
+    rest = [next(displaced) if slot in taken else slot for slot in range(last, len(self.row_of))]
+    order = [*range(first), *sources, *rest]
     if moved := [slot for slot, source in enumerate(order) if slot != source]:
         self.slots.move([order[slot] for slot in moved], moved)
         self.held, self.row_of = [self.held[i] for i in order], [self.row_of[i] for i in order]
@@ -107,7 +108,7 @@ def knows(self: Session, slot: int, text: list[int]) -> int:
     "How many tokens of a text a slot knows, its last one excepted."
     return min(common_length(self.held[slot], text), len(text) - 1, self.slots.ends(slot))
 
-
+# %% ../../nbs/lm/04_session.ipynb #36226e04
 @patch
 def settle(
     self: Session,
@@ -123,8 +124,9 @@ def settle(
     if sharing:
         readers = [Reader(text, self.knows(slot, text), self.slots, slot) for slot, text in zip(places, texts)]
         readers += [Reader(text, wanted=False) for text in coming]
-        readers += [Reader(self.held[slot], min(self.slots.ends(slot), len(self.held[slot]) - 1), self.slots, slot, False)
-                    for slot in range(len(self.held)) if slot not in places and len(self.held[slot]) > 1]
+        for slot, text in enumerate(self.held):
+            if slot not in places and len(text) > 1:
+                readers.append(Reader(text, min(self.slots.ends(slot), len(text) - 1), self.slots, slot, False))
         grow(self.tree, readers, self.least)
     nodes = self.stands(texts + [self.held[slot] for slot in range(first)]) if sharing else None
     fresh = {}  # slots that take over the same from the tree
@@ -169,7 +171,7 @@ def _keep(self: Session, slot: int, known: int, found: Node, stand: Node) -> Non
     layers = [tuple(x.clone() for x in pair) for pair in self.slots.known(slot, stand.end, known)]
     self.slots.place([slot], stand.prefix, layers)
 
-# %% ../../nbs/lm/04_session.ipynb #8a142e30
+# %% ../../nbs/lm/04_session.ipynb #8f016761
 class Growing:
     "Replies to a batch of prompts while they grow: `out` their tokens, `done` whether a row ended its turn itself."
 
@@ -215,7 +217,7 @@ class Growing:
     def _of(self, rows: list[int]) -> list[str] | None:
         return self.adapters and [self.adapters[r] for r in rows]
 
-# %% ../../nbs/lm/04_session.ipynb #a9dc28d5
+# %% ../../nbs/lm/04_session.ipynb #a9d54a64
 @patch
 def _run(self: Growing, waiting: list[int]) -> Iterator[None]:
     "Keep the slots busy: read rows in, let the living ones say a token, and let those that end make room."
@@ -271,7 +273,7 @@ def _advance(self: Growing, alive: int) -> torch.Tensor:
     s.tally.asked += alive
     return s.slots.read(0, [[token] for token in tokens], adapters=self._of(rows))[:, -1]
 
-# %% ../../nbs/lm/04_session.ipynb #aedbbaa6
+# %% ../../nbs/lm/04_session.ipynb #fab47559
 @patch
 def _draw(self: Growing, logits: torch.Tensor, alive: int) -> list[int]:
     "Choose the next token of every living row; returns the slots of those that end."
@@ -314,7 +316,7 @@ def _goes_on(self: Growing, row: int) -> bool:
     self.uniforms[row] = torch.as_tensor(uniforms, device=self.uniforms.device)
     return True
 
-# %% ../../nbs/lm/04_session.ipynb #cd8601ea
+# %% ../../nbs/lm/04_session.ipynb #1eff2aad
 def score(
     session: Session,
     prompts: list[list[int]],  # token ids
@@ -332,7 +334,7 @@ def score(
             session.halve()
     return np.array([found[tuple(p)] for p in prompts]).reshape(len(prompts), len(answers))
 
-
+# %% ../../nbs/lm/04_session.ipynb #df2d0e8e
 def _score_group(session: Session, texts: list[list[int]], answers: list[list[int]]) -> np.ndarray:
     "Texts few enough to be read at once, sorted."
     common = min(common_length(a, b) for a in answers for b in answers)
@@ -360,7 +362,7 @@ def _gain(logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
     logp = logits.float().log_softmax(-1)
     return sum(logp[:, i, token].double() for i, token in enumerate(tokens))
 
-# %% ../../nbs/lm/04_session.ipynb #96219a8a
+# %% ../../nbs/lm/04_session.ipynb #3ecc8aa5
 def _leaves(session: Session, texts: list[list[int]]) -> Slots:
     "New slots, each with what the tree or a slot of the session knows of its text."
     held = sorted((text, slot) for slot, text in enumerate(session.held) if len(text) > 1)

@@ -18,8 +18,8 @@ from .roles import ROLES, base_of
 from .stage import Amounts, Work
 
 # %% auto #0
-__all__ = ['work_of', 'evaluated_prompts', 'Pace', 'measured_pace', 'estimated_pace', 'this_machine', 'Sizes', 'memory_of',
-           'plan_recipe', 'pace_of', 'memory_lines']
+__all__ = ['work_of', 'evaluated_prompts', 'Pace', 'reply_length', 'measured_pace', 'estimated_pace', 'this_machine', 'Sizes',
+           'memory_of', 'plan_recipe', 'pace_of', 'memory_lines']
 
 # %% ../../nbs/runs/14_plan.ipynb #649bef98
 def work_of(
@@ -49,53 +49,84 @@ class Pace:
     prompt: float
     reply: float
     critique: float
+    request: float
     source: str
 
     def minutes(self, work: Work) -> float:
         "How long a stage takes."
         return (work.written / self.written + work.read / self.read + work.trained / self.trained) / 60
 
+# %% ../../nbs/runs/14_plan.ipynb #1b4b7cc1
+def reply_length(
+    lengths: list[int],  # tokens of replies, some of them cut off
+    ended: int,  # how many were not
+    longest: int,  # at which the run would cut them
+) -> float:
+    "The mean length of replies of which some were cut off too early, if each token is as likely as another to be the last."
+    return min(longest, sum(lengths) / ended) if ended else float(longest)
 
+
+def _timed(work) -> tuple:  # what `work()` gives, and its seconds
+    start = time.perf_counter()
+    return work(), time.perf_counter() - start
+
+
+def _writing(lm, prompts: list, longest: int, seconds: float) -> tuple[float, float, list]:
+    "Tokens written per second by a full batch, the mean length of replies, and the replies."
+    few = 8
+    _, first = _timed(lambda: lm.sample(prompts, max_new_tokens=few))
+    fits = min(longest, max(2 * few, int(few * seconds / max(first, 1e-3))))
+    replies, second = _timed(lambda: lm.sample(prompts, max_new_tokens=fits))
+    lengths = [reply.n_tokens for (reply,) in replies]
+    ended = sum("truncated" not in reply.flags for (reply,) in replies)
+    whole = fits == longest
+    pace = sum(lengths) / second if whole else len(prompts) * (fits - few) / max(second - first, 1e-3)
+    return pace, (sum(lengths) / len(lengths) if whole else reply_length(lengths, ended, longest)), replies
+
+# %% ../../nbs/runs/14_plan.ipynb #bcc301ed
 def measured_pace(
     model,
     tokenizer,
     prompts: list[list[dict]],  # conversations
     max_new_tokens: int,
     principle,  # by which critiques are asked for, to see how long they are
+    batch_size: int = 64,  # rows that are written together
+    seconds: float = 15.0,  # that the trial may take, about
 ) -> Pace:
-    "The pace of a small model, by trying it for a few seconds."
+    "The pace of a model on this machine, by trying it."
+    from cai_nb.lm.generate import LocalLM
+    from cai_nb.method.critique import critique_request
+
+    lm = LocalLM(model, tokenizer, batch_size=batch_size)
+    prompts = (prompts * 64)[:min(32, batch_size) if model.num_parameters() > 1e7 else 64]
+    prompt = sum(len(lm.encode(p)) for p in prompts) / len(prompts)
+    written, reply, replies = _writing(lm, prompts, max_new_tokens, seconds / 2)
+    said = [[*p, {"role": "assistant", "content": r.text}] for p, (r,) in zip(prompts, replies)]
+    asked = [critique_request(talk, principle) for talk in said[:16]]
+    request = len(lm.encode(asked[0])) - len(lm.encode(said[0]))
+    critique = reply
+    if model.num_parameters() < 1e7:  # critiques are short there; elsewhere as long as a reply
+        critique = sum(r.n_tokens for (r,) in lm.sample(asked, max_new_tokens=max_new_tokens)) / len(asked)
+    talks = [[*talk, *p] for talk, p in zip(said, prompts)]
+    _, spent = _timed(lambda: lm.choice_logprobs(talks[:16], [" (A)", " (B)"]))
+    read = sum(len(lm.encode(talk)) for talk in talks[:16]) / spent
+    return Pace(written, read, _training_pace(model, tokenizer, round(prompt + reply)), prompt, reply, critique,
+                max(1, request), "measured on this machine")
+
+
+def _training_pace(model, tokenizer, length: int) -> float:
+    "Tokens per second of a forward and backward pass."
     import torch
 
-    from cai_nb.method.critique import critique_request
-    from cai_nb.lm.generate import LocalLM
-
-    lm, clock = LocalLM(model, tokenizer), time.perf_counter
-    prompts = (prompts * 64)[:64]
-    prompt = sum(len(lm.encode(p)) for p in prompts) / len(prompts)
-    start = clock()
-    replies = lm.sample(prompts, max_new_tokens=max_new_tokens)
-    wrote = clock() - start
-    said = [[*p, {"role": "assistant", "content": r[0].text}] for p, r in zip(prompts, replies)]
-    critiques = lm.sample([critique_request(talk, principle) for talk in said[:16]], max_new_tokens=max_new_tokens)
-    reply, critique = (sum(r[0].n_tokens for r in rows) / len(rows) for rows in (replies, critiques))
-    talks = [[*talk, *p] for talk, p in zip(said, prompts)]
-    start = clock()
-    lm.choice_logprobs(talks, [" (A)", " (B)"])
-    read = sum(len(lm.encode(t)) for t in talks) / (clock() - start)
-    ids = torch.randint(len(tokenizer), (32, round(prompt + reply)), device=model.device)
+    rows = 32 if model.num_parameters() < 1e7 else 4
+    ids = torch.randint(len(tokenizer), (rows, length), device=model.device)
     first = [p for p in model.parameters() if p.dtype.is_floating_point][:1]  # its gradient passes through all layers
-    start = clock()
-    with torch.enable_grad():
-        torch.autograd.grad(model(input_ids=ids, labels=ids).loss, first)
-    return Pace(
-        reply * len(prompts) / wrote,
-        read,
-        ids.numel() / (clock() - start),
-        prompt,
-        reply,
-        critique,
-        "measured on this machine",
-    )
+
+    def step():
+        with torch.enable_grad():
+            torch.autograd.grad(model(input_ids=ids, labels=ids).loss, first)
+
+    return ids.numel() / _timed(step)[1]
 
 # %% ../../nbs/runs/14_plan.ipynb #57b465b5
 def estimated_pace(
@@ -110,7 +141,7 @@ def estimated_pace(
     flops = card["tflops"] * 1e12 / 3
     step = max(weight_bytes / (card["bandwidth"] * 1e9 / 2), 2 * parameters * batch_size / flops)
     source = f"estimated for {parameters / 1e9:.1f}B parameters on {card['name']}"
-    return Pace(batch_size / step, flops / (2 * parameters), flops / (6 * parameters), prompt, reply, reply, source)
+    return Pace(batch_size / step, flops / (2 * parameters), flops / (6 * parameters), prompt, reply, reply, 20.0, source)
 
 
 def this_machine() -> dict:  # as `card` of a recipe
@@ -235,7 +266,7 @@ def plan_recipe(
     work = work_of(Amounts(
         recipe, len(train["harmful"]) + recipe["prompts"]["generate"],
         len(train["helpful"]) + recipe["helpfulness"]["generate"], len(comparisons_of(run, held_out)[0]),
-        evaluated_prompts(recipe, held_out), pace.prompt, pace.reply, pace.critique))
+        evaluated_prompts(recipe, held_out), pace.prompt, pace.reply, pace.critique, pace.request))
     lines = [f"{recipe['name']}: {len(train['harmful'])} red-team and {len(train['helpful'])} helpfulness prompts, "
              f"constitution {run.constitution.name}", "", *_work_lines(work, pace), "", f"pace: {pace.source}"]
     memory = memory_of(sizes, recipe, pace.prompt, pace.reply, itemsize)
@@ -253,17 +284,32 @@ def pace_of(
     conversations: list[list[dict]],  # prompts
 ) -> tuple[Pace, Sizes, int]:  # and bytes of a number
     "How fast the base of a run is, and how large."
-    if run.recipe["base"] == "mini":
+    recipe = run.recipe
+    if recipe["card"] is None and _at_hand(recipe["base"]):
         model, tokenizer = base_of(run)
-        principle, longest = run.constitution.pool("critique")[0], run.recipe["chains"]["max_new_tokens"]
-        return measured_pace(model, tokenizer, conversations, longest, principle), Sizes.of(model.config), 4
-    sizes, itemsize = _sizes_of(run.recipe["base"]), _itemsize(run.recipe["card"])
+        principle, chains = run.constitution.pool("critique")[0], recipe["chains"]
+        pace = measured_pace(model, tokenizer, conversations, chains["max_new_tokens"], principle, chains["batch_size"])
+        return pace, Sizes.of(model.config), next(model.parameters()).element_size()
+    sizes, itemsize, card = _sizes_of(recipe["base"]), _itemsize(recipe["card"]), recipe["card"] or this_machine()
     letters = sum(len(m["content"]) for conversation in conversations for m in conversation)
     prompt = letters / max(1, len(conversations)) / 4  # about four letters a token
-    reply, batch_size = 0.6 * run.recipe["chains"]["max_new_tokens"], run.recipe["chains"]["batch_size"]
-    weight_bytes = memory_of(sizes, run.recipe, 0, 0, itemsize)["weights"] * 2**30
-    card = run.recipe["card"] or this_machine()
+    weight_bytes = memory_of(sizes, recipe, 0, 0, itemsize)["weights"] * 2**30
+    reply, batch_size = 0.6 * recipe["chains"]["max_new_tokens"], recipe["chains"]["batch_size"]
     return estimated_pace(sizes.parameters, weight_bytes, card, batch_size, prompt, reply), sizes, itemsize
+
+
+def _at_hand(base: str) -> bool:
+    "Whether a model's weights are on this machine; a plan downloads nothing."
+    return base == "mini" or any(Path(base).expanduser().glob("*.safetensors"))
+
+
+def _itemsize(card: dict | None) -> int:
+    "Bytes of a number that is computed with: on the recipe's card two, on this machine as models are loaded here."
+    if card is not None:
+        return 2
+    from cai_nb.lm.model import hardware
+
+    return 4 if hardware().dtype == "float32" else 2
 
 
 def _sizes_of(base: str) -> Sizes:
@@ -274,15 +320,6 @@ def _sizes_of(base: str) -> Sizes:
     except (OSError, ValueError) as error:
         raise CaiError(f"recipe: base {base!r}: its config.json cannot be read ({str(error).splitlines()[0]}); "
                        "expected a folder, or a hub id within reach") from error
-
-
-def _itemsize(card: dict | None) -> int:
-    "Bytes of a number that is computed with: on the recipe's card two, on this machine as models are loaded here."
-    if card is not None:
-        return 2
-    from cai_nb.lm.model import hardware
-
-    return 4 if hardware().dtype == "float32" else 2
 
 
 def memory_lines(

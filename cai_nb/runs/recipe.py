@@ -42,6 +42,9 @@ def stage_named(
     return found[name]
 
 # %% ../../nbs/runs/07_recipe.ipynb #73bffeb5
+_JUDGES = tuple(record.name for record in JUDGES)
+
+
 @dataclass(frozen=True)
 class GeneralSettings:
     "The keys that belong to no stage."
@@ -53,7 +56,7 @@ class GeneralSettings:
     card: dict | None = setting(None, "name, memory (GiB), tflops, bandwidth (GB/s), for --dry-run; null: this machine")
     constitution: str = setting("harmlessness", "a shipped one's name, or a YAML file")
     seed: int = setting(0, "of everything that is drawn")
-    judge: str | None = setting(None, "who judges replies: mini's oracle; null: nobody", among=tuple(JUDGES))
+    judge: str | None = setting(None, "who judges replies: mini's oracle; null: nobody", among=_JUDGES)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from ..core.errors import CaiError
 from ..core.settings import setting
 from .folder import Run, say
 from .prompts_stage import HelpfulnessSettings
-from .roles import adapted, base_of, flag_of, lm_of
+from .roles import adapted, base_of, flag_of, lm_of, say_read
 from .sl_stages import chosen, facts
 from .stage import Amounts, Role, RowKind, Stage, Work, left_out, metrics_of, share
 
@@ -36,7 +36,8 @@ def _pairs(run: Run) -> dict:
     with adapted(run, "pairs", sl=run.file("sl")) as lm:
         pairs = sample_pairs(lm.with_adapter("sl"), prompts[:p.limit], run.recipe["seed"], p.temperature,
                              p.max_new_tokens, p.batch_size, run.file("pairs.jsonl"), flag_of(run))
-    return {"pairs": len(pairs), "pairs_flagged": sum(bool(row["flags"]) for row in pairs)}
+        read = say_read(lm)
+    return {"pairs": len(pairs), "pairs_flagged": sum(bool(row["flags"]) for row in pairs), **read}
 
 
 def _pair_sketch(row: dict) -> dict:
@@ -89,12 +90,13 @@ def _labels(run: Run) -> dict:
     from cai_nb.method.feedback import check_judge, label_preferences
 
     c = run.settings(LabelsSettings, "labels")
+    lm = lm_of(run, "feedback", "labels")
     labels = label_preferences(
-        lm_of(run, "feedback", "labels"), run.rows("pairs.jsonl"), run.constitution, run.rows("prompts.jsonl"),
+        lm, run.rows("pairs.jsonl"), run.constitution, run.rows("prompts.jsonl"),
         cot=c.cot, clamp=tuple(c.clamp) if c.clamp else None, n_cot=c.n_cot, n_principles=c.n_principles,
         both_orders=c.both_orders, max_new_tokens=c.max_new_tokens, batch_size=c.batch_size,
         out=run.file("labels.jsonl"), **asked_as(run))
-    counts = {"labels": len(labels), "labels_flagged": sum(bool(row["flags"]) for row in labels)}
+    counts = {"labels": len(labels), "labels_flagged": sum(bool(row["flags"]) for row in labels), **say_read(lm)}
     try:
         return counts | {f"order_{name}": value for name, value in check_judge(labels).items()}
     except CaiError as problem:  # the labels are written; whether they are of use is for people to decide
@@ -104,9 +106,10 @@ def _labels(run: Run) -> dict:
 
 def _labels_work(a: Amounts) -> Work:
     c = a.recipe["labels"]
-    shown = 5 * 2 * (a.talk + a.reply) if c["few_shot"] else 0.0
-    votes = a.pairs * c["n_principles"] * (2 if c["both_orders"] else 1) * c["n_cot"]
-    return Work(votes, read=votes * (shown + 2 * a.talk), written=votes * a.reply if c["cot"] else 0.0)
+    orders = 2 if c["both_orders"] else 1
+    votes = a.pairs * c["n_principles"] * orders * c["n_cot"]
+    read = a.prompt + c["n_principles"] * (a.request + orders * 2 * a.reply)  # conversation and principle are shared
+    return Work(votes, read=a.pairs * read, written=votes * a.reply if c["cot"] else 0.0)
 
 
 def _label_sketch(row: dict) -> dict:

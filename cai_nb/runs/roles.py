@@ -5,15 +5,13 @@
 # %% ../../nbs/runs/01_roles.ipynb #e7c5de20
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from ..core.errors import CaiError
-from .folder import Run
+from ..measure.judging import Judge, JudgeRecord, open_judge
+from .folder import Run, say
 
 # %% auto #0
-__all__ = ['SHELF', 'ROLES', 'JUDGES', 'Shelf', 'role_name', 'base_of', 'lm_of', 'adapted', 'JudgeKind', 'judge_of', 'flag_of']
+__all__ = ['SHELF', 'ROLES', 'JUDGES', 'Shelf', 'role_name', 'base_of', 'lm_of', 'adapted', 'say_read', 'judge_of', 'flag_of']
 
 # %% ../../nbs/runs/01_roles.ipynb #956804ac
 class Shelf:
@@ -94,32 +92,33 @@ def adapted(
     with borrowed(model):
         yield LocalLM(add_adapters(model, folders), tokenizer, batch_size=run.recipe[section]["batch_size"])
 
+# %% ../../nbs/runs/01_roles.ipynb #5ede60bb
+def say_read(
+    lm,  # that a stage asked
+) -> dict[str, int]:  # for its counts; empty for a server, which counts for itself
+    "Tell how many token positions were computed, of how many that were asked for."
+    tally = getattr(lm, "tally", None)
+    if tally is None or not tally.asked:
+        return {}
+    say(f"      {tally}")
+    return {"tokens_read": tally.read, "tokens_asked": tally.asked}
+
 # %% ../../nbs/runs/01_roles.ipynb #90584ee2
-@dataclass(frozen=True)
-class JudgeKind:
-    "A way of judging replies that a recipe can name."
-    name: str  # the value of the recipe's key `judge`
-    title: str  # in a sentence: "… knows the truth"
-    load: Callable  # () → an object with `judge(messages, text)`, `rank`, `flags`, `in_world`
-
-
 def _oracle():
     from cai_nb.mini import oracle
 
     return oracle
 
 
-JUDGES = {kind.name: kind for kind in (JudgeKind("mini", "the oracle of mini's world", _oracle),)}
+JUDGES = [JudgeRecord("mini", "the oracle of mini's world", "It parses every sentence of that world exactly, and knows no other.",
+                      _oracle)]
 
 
 def judge_of(
     run: Run,
-):  # a judge, or None
+) -> Judge | None:
     "Who can say what a reply of this run truly is."
-    name = run.recipe["judge"]
-    if name is not None and name not in JUDGES:
-        raise CaiError(f"recipe: judge is {name!r}, expected {' or '.join(JUDGES)} or null")
-    return JUDGES[name].load() if name else None
+    return open_judge(JUDGES, run.recipe["judge"])
 
 
 def flag_of(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..core.settings import setting
 from .folder import Run, say
 from .prompts_stage import HelpfulnessSettings
-from .roles import base_of, flag_of, lm_of
+from .roles import base_of, flag_of, lm_of, say_read
 from .stage import Amounts, Role, RowKind, Stage, Work, left_out
 
 # %% auto #0
@@ -42,7 +42,7 @@ def _chains(run: Run) -> dict:
     samples = run.settings(HelpfulnessSettings, "helpfulness").samples
     helpful = sample_replies(lm, run.train_prompts("helpful"), samples, out=run.file("helpful.jsonl"), **common)
     return {"chains": len(chains), "chains_flagged": sum(bool(row["flags"]) for row in chains),
-            "helpful": len(helpful), "helpful_flagged": sum(bool(row["flags"]) for row in helpful)}
+            "helpful": len(helpful), "helpful_flagged": sum(bool(row["flags"]) for row in helpful), **say_read(lm)}
 
 # %% ../../nbs/runs/04_sl_stages.ipynb #bcf966a8
 def _chains_work(a: Amounts) -> Work:
@@ -50,8 +50,8 @@ def _chains_work(a: Amounts) -> Work:
     critique = a.critique if c["critiques"] else 0.0
     steps = c["n_revisions"] * (2 if c["critiques"] else 1)
     written = a.reply + c["n_revisions"] * (critique + a.reply)
-    shown = 5 * (2 * a.prompt + (4 if c["critiques"] else 3) * a.reply) if c["few_shot"] else 0.0  # five examples
-    read = a.prompt + steps * (shown + a.talk + a.prompt + critique / 2)
+    again = a.talk if c["few_shot"] else 0.0  # behind the examples
+    read = a.prompt + again + steps * a.request + (c["n_revisions"] - 1) * a.reply
     return Work(a.harmful * (1 + steps) + a.samples, written=a.harmful * written + a.samples * a.reply,
                 read=a.harmful * read + a.samples * a.prompt)
 

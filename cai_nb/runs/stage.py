@@ -50,6 +50,7 @@ class Amounts:
     prompt: float  # mean lengths in tokens
     reply: float  # of responses and revisions
     critique: float
+    request: float = 20.0  # of a principle: what is asked for a critique, a revision, a comparison
 
     @property
     def talk(self) -> float:

@@ -1,7 +1,7 @@
 """A server is one more language model: it may be busy, die or talk nonsense, and no row is lost and no label guessed.
 
-Always against a server that fails on purpose, and against recorded replies of vLLM; against vLLM itself where CAI_VLLM_PYTHON names
-the interpreter of an environment that has it (make test-endpoint).
+Always against a server that fails on purpose, and against recorded replies of vLLM; against vLLM itself where
+CAI_VLLM_PYTHON names the interpreter of an environment that has it (make test-endpoint).
 """
 import asyncio
 import copy
@@ -20,13 +20,13 @@ from fault_server import BLIND, FINAL, PASSING, FaultServer
 from scripted import prompt
 from tiny import asked, said
 
-from cai_nb.core.errors import CaiError
 from cai_nb.core.constitution import Constitution
-from cai_nb.method.critique import critique_revise
 from cai_nb.core.dialogue import encode_conversation, encode_text, stop_token_ids
+from cai_nb.core.errors import CaiError
 from cai_nb.lm.endpoint import NEUTRAL, EndpointLM
+from cai_nb.lm.http import backoff
+from cai_nb.method.critique import critique_revise
 from cai_nb.method.feedback import label_preferences, sample_pairs
-from cai_nb.lm.http import Server, backoff
 
 CHOICES = [" (A)", " (B)"]
 KEY = "sk-not-to-be-shown"
