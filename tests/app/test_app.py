@@ -13,7 +13,8 @@ import yaml
 from gradio_client import Client
 from serving import PANDAS, Slow, events, free_port, make_run, post, served
 
-from cai_nb.app.server import build_demo, header, serve
+from cai_nb.app.server import TABS, build_demo, header, launch_settings, serve
+from cai_nb.app.wiring import Tab, Ties
 from cai_nb.app.answers import UNKNOWN, compare, talks_of
 from cai_nb.app.models import load_run
 from cai_nb.core.errors import CaiError
@@ -299,6 +300,25 @@ def test_quiet_by_default(server):
     assert demo._queue.max_size == 32
     page = urllib.request.urlopen(url).read().decode()
     assert "fonts.googleapis" not in page and "Constitutional AI" in page
+
+
+def test_a_tab_is_one_entry_of_the_list():
+    """Its place, its style and what it shares with the others come from the record alone."""
+    import gradio as gr
+
+    def build(site):
+        return Ties(prompt=gr.Textbox(elem_id="mine"), refresh=lambda: ",".join(site.columns), refreshed=(gr.HTML(),))
+
+    mine = Tab("Mine", build, ".mine{color:var(--ink)}")
+    models, constitution = load_run()
+    tabs = (*TABS, mine)
+    demo = build_demo(models, constitution, tabs=tabs)
+    shown = [block for block in demo.blocks.values() if isinstance(block, gr.Tab)]
+    assert [tab.label for tab in shown] == [tab.title for tab in tabs]
+    (prompt,) = [block for block in demo.blocks.values() if block.elem_id == "mine"]
+    (carried,) = [fn for fn in demo.fns.values() if prompt in fn.outputs]
+    assert carried.targets == [(shown[-1]._id, "select")]
+    assert launch_settings(tabs)["css"] == launch_settings()["css"] + mine.style
 
 
 def test_stages_that_are_missing_are_said_to_be(tmp_path):
