@@ -47,8 +47,8 @@ OURS = """
 import torch; torch.set_num_threads(1)
 from dataclasses import replace
 from cai_nb.app.server import build_demo, launch_settings
-from cai_nb.app.models import load_run
-models, constitution = load_run()
+from cai_nb.app.models import load_models
+models, constitution = load_models()
 demo = build_demo(replace(models, max_new_tokens=NEW_TOKENS), constitution)
 settings = launch_settings()
 """
@@ -135,10 +135,10 @@ def delays(turns, n=3):
     import torch
 
     from cai_nb.app.answers import compare, talks_of
-    from cai_nb.app.models import load_run
+    from cai_nb.app.models import load_models
 
     torch.set_num_threads(1)
-    models, _ = load_run()
+    models, _ = load_models()
     models, found = replace(models, max_new_tokens=NEW_TOKENS), []
     for i in range(n + 1):  # the first is for warming up
         history, talk = [], []

@@ -323,7 +323,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'cai_nb.app.models._words_of_mini': ('app/models.html#_words_of_mini', 'cai_nb/app/models.py'),
                                    'cai_nb.app.models._words_of_run': ('app/models.html#_words_of_run', 'cai_nb/app/models.py'),
                                    'cai_nb.app.models.digest_of': ('app/models.html#digest_of', 'cai_nb/app/models.py'),
-                                   'cai_nb.app.models.load_run': ('app/models.html#load_run', 'cai_nb/app/models.py')},
+                                   'cai_nb.app.models.load_models': ('app/models.html#load_models', 'cai_nb/app/models.py')},
             'cai_nb.app.requests': { 'cai_nb.app.requests.Conversation': ('app/requests.html#conversation', 'cai_nb/app/requests.py'),
                                      'cai_nb.app.requests.Conversation.__init__': ( 'app/requests.html#conversation.__init__',
                                                                                     'cai_nb/app/requests.py'),

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from cai_nb.app.server import build_demo, launch_settings
-from cai_nb.app.models import load_run
+from cai_nb.app.models import load_models
 from cai_nb.lm.model import load_model, lora_config, save_adapter
 from cai_nb.mini import world
 
@@ -83,7 +83,7 @@ def served(
     run: Path | None = None, delay: float = 0.0, folder: Path | None = None, max_waiting: int = 32, launch={}, **changes
 ):
     "The app of a run on a free port: its address, its model, the demo and the warnings that starting it gave."
-    models, constitution = load_run(run)
+    models, constitution = load_models(run)
     lm = Slow(models.lm, delay)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -134,7 +134,7 @@ def run_forever(port: int, settings: dict):
     "What that process does."
     torch.set_num_threads(1)
     folder, max_waiting = settings.pop("folder", None), settings.pop("max_waiting", 32)
-    models, constitution = load_run()
+    models, constitution = load_models()
     demo = build_demo(replace(models, **settings), constitution, folder, max_waiting)
     _, url, _ = demo.launch(server_port=port, prevent_thread_lock=True, **launch_settings())
     signal.signal(signal.SIGUSR1, lambda *_: print(json.dumps(in_use()), flush=True))

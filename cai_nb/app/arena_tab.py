@@ -23,7 +23,7 @@ from ..measure.elo import CHOICES, elo_cells
 from ..runs.markup import esc, html_table, note
 
 # %% auto #0
-__all__ = ['ARENA']
+__all__ = ['ARENA_TAB']
 
 # %% ../../nbs/app/19_arena_tab.ipynb #1e7c260b
 def _blind_card(
@@ -370,4 +370,4 @@ _STYLE = """
 @media(max-width:700px){.short .blind .text{height:8.5rem}.blind{padding:.8rem .95rem}.cast{flex-direction:column}
  .cast>*{width:100%!important}.questions .wrap{grid-template-columns:1fr 1fr}#arena-ask{padding-inline:.5rem}}
 """
-ARENA = Tab("Arena", _build, _STYLE)
+ARENA_TAB = Tab("Arena", _build, _STYLE)

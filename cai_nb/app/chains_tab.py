@@ -21,7 +21,7 @@ from ..core.rows import row_id
 from ..runs.markup import note
 
 # %% auto #0
-__all__ = ['CHAINS']
+__all__ = ['CHAINS_TAB']
 
 # %% ../../nbs/app/14_chains_tab.ipynb #62a5c5ca
 _STEPS, _MOST = 4, 8  # revisions of a new chain at most (the paper's number); of one that goes on
@@ -232,4 +232,4 @@ _STYLE = CHAIN_STYLE + """
 @media(max-width:700px){#chains-run,#chains-more,#chains-stop{white-space:normal;line-height:1.25;font-size:.95rem;
  padding:.3rem}}
 """
-CHAINS = Tab("Chains", _build, _STYLE)
+CHAINS_TAB = Tab("Chains", _build, _STYLE)

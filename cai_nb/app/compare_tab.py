@@ -28,7 +28,7 @@ from ..core.errors import CaiError
 from ..runs.markup import esc, note
 
 # %% auto #0
-__all__ = ['COMPARE']
+__all__ = ['COMPARE_TAB']
 
 # %% ../../nbs/app/13_compare_tab.ipynb #2b4b3981
 @dataclass(frozen=True)
@@ -374,4 +374,4 @@ _STYLE = """
 @media(min-width:701px) and (max-width:1180px){.card-head h3{min-height:4.3rem}}
 @media(max-width:700px){.block.pane>.html-container{height:16rem}}
 """
-COMPARE = Tab("Compare", _build, _STYLE)
+COMPARE_TAB = Tab("Compare", _build, _STYLE)

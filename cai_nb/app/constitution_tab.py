@@ -15,7 +15,7 @@ from .trial_panel import TRIAL_STYLE, connect_trial, lay_out_trial, trial_endpoi
 from .wiring import Site, Tab, Ties
 
 # %% auto #0
-__all__ = ['CONSTITUTION']
+__all__ = ['CONSTITUTION_TAB']
 
 # %% ../../nbs/app/18_constitution_tab.ipynb #1e74908e
 def _build(
@@ -39,4 +39,4 @@ def _build(
 
 _STYLE = TRAINING_STYLE + TRIAL_STYLE + """
 .draft{gap:1.6rem!important;align-items:flex-start}""" + FORM_STYLE
-CONSTITUTION = Tab("Constitution", _build, _STYLE)
+CONSTITUTION_TAB = Tab("Constitution", _build, _STYLE)

@@ -17,7 +17,7 @@ from ..core.files import file_digest
 from ..runs.folder import reference_folder
 
 # %% auto #0
-__all__ = ['COLUMNS', 'Models', 'digest_of', 'load_run', 'Borrowed']
+__all__ = ['COLUMNS', 'Models', 'digest_of', 'load_models', 'Borrowed']
 
 # %% ../../nbs/app/00_models.ipynb #37b10c5b
 COLUMNS = {  # name → title, and what it is
@@ -169,7 +169,7 @@ def _words_of_run(folder: Path, recipe: dict) -> dict:
     return {"about": about, "examples": _run_examples(folder)}
 
 # %% ../../nbs/app/00_models.ipynb #a1137b5a
-def load_run(
+def load_models(
     run=None,  # a run folder; None: the shipped mini models
 ) -> tuple[Models, Constitution]:
     "The models of a run on one base, with the constitution that trained them; CaiError names what the folder lacks."

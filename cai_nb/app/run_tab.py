@@ -22,7 +22,7 @@ from ..runs.page import figures_html, head_html, origin_html, page_html, tables_
 from ..runs.folder import reference_folder
 
 # %% auto #0
-__all__ = ['RUN']
+__all__ = ['RUN_TAB']
 
 # %% ../../nbs/app/20_run_tab.ipynb #9b02d1b5
 def _runs_of(site: Site) -> dict[str, tuple[str, Path]]:  # name → what the choice says, and the folder
@@ -284,4 +284,4 @@ _STYLE = LINEAGE_STYLE + """
  #run-tables :is(th,td){white-space:normal!important;padding:.35rem .4rem!important;font-size:.84rem}
  #run-tables td{min-width:4.6rem}}
 """
-RUN = Tab("Run", _build, _STYLE)
+RUN_TAB = Tab("Run", _build, _STYLE)

@@ -13,12 +13,12 @@ import gradio as gr
 import torch
 from gradio.route_utils import FnIndexInferError
 
-from .arena_tab import ARENA
-from .chains_tab import CHAINS
-from .compare_tab import COMPARE
-from .constitution_tab import CONSTITUTION
-from .models import COLUMNS, Borrowed, Models, load_run
-from .run_tab import RUN
+from .arena_tab import ARENA_TAB
+from .chains_tab import CHAINS_TAB
+from .compare_tab import COMPARE_TAB
+from .constitution_tab import CONSTITUTION_TAB
+from .models import COLUMNS, Borrowed, Models, load_models
+from .run_tab import RUN_TAB
 from .theme import look
 from .wiring import AT_ONCE, Site, Tab, Ties
 from ..core.constitution import Constitution
@@ -28,7 +28,7 @@ from ..core.errors import CaiError
 __all__ = ['TABS', 'header', 'build_demo', 'launch_settings', 'on_space', 'serve']
 
 # %% ../../nbs/app/21_server.ipynb #9b45164b
-TABS = (COMPARE, CHAINS, CONSTITUTION, ARENA, RUN)
+TABS = (COMPARE_TAB, CHAINS_TAB, CONSTITUTION_TAB, ARENA_TAB, RUN_TAB)
 
 # %% ../../nbs/app/21_server.ipynb #83963051
 def header(models: Models) -> str:
@@ -161,7 +161,7 @@ def serve(
     "Load, build, serve: what `cai-nb app` does."
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     who = _login(auth)
-    models, constitution = load_run(run)
+    models, constitution = load_models(run)
     if models.mini:
         torch.set_num_threads(1)  # a model so small is no faster with more, and far slower beside a training
     demo = build_demo(on_space(models), constitution, folder)

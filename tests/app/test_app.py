@@ -13,9 +13,10 @@ import yaml
 from gradio_client import Client
 from serving import PANDAS, Slow, events, free_port, make_run, post, served
 
-from cai_nb.app.server import build_demo, header, serve
+from cai_nb.app.server import TABS, build_demo, header, launch_settings, serve
+from cai_nb.app.wiring import Tab, Ties
 from cai_nb.app.answers import UNKNOWN, compare, talks_of
-from cai_nb.app.models import load_run
+from cai_nb.app.models import load_models
 from cai_nb.core.errors import CaiError
 from cai_nb.core.constitution import Constitution
 from cai_nb.mini import oracle
@@ -60,7 +61,7 @@ def test_seed_and_adapters_decide_the_answers(client):
 
 def test_a_conversation_goes_on_with_each_models_own_answers(client):
     first = asked(client, ASK, seed=7)
-    models, _ = load_run()
+    models, _ = load_models()
     for text in (models.goes_on[0], models.goes_on[-1]):
         second = asked(client, text, seed=8, history=[{"prompt": ASK, "answers": first}])
         talks = talks_of([{"prompt": ASK, "answers": first}], text, list(models.adapters))
@@ -269,7 +270,7 @@ def test_a_full_line_says_that_it_is_full():
 
 
 def test_stop_ends_before_the_next_token():
-    models, _ = load_run()
+    models, _ = load_models()
     lm = Slow(models.lm, 0)
     models = replace(models, lm=lm)
     stream = compare(models, talks_of([], ASK, list(models.adapters)), seed=7, stop=lambda: lm.steps >= 3)
@@ -301,20 +302,39 @@ def test_quiet_by_default(server):
     assert "fonts.googleapis" not in page and "Constitutional AI" in page
 
 
+def test_a_tab_is_one_entry_of_the_list():
+    """Its place, its style and what it shares with the others come from the record alone."""
+    import gradio as gr
+
+    def build(site):
+        return Ties(prompt=gr.Textbox(elem_id="mine"), refresh=lambda: ",".join(site.columns), refreshed=(gr.HTML(),))
+
+    mine = Tab("Mine", build, ".mine{color:var(--ink)}")
+    models, constitution = load_models()
+    tabs = (*TABS, mine)
+    demo = build_demo(models, constitution, tabs=tabs)
+    shown = [block for block in demo.blocks.values() if isinstance(block, gr.Tab)]
+    assert [tab.label for tab in shown] == [tab.title for tab in tabs]
+    (prompt,) = [block for block in demo.blocks.values() if block.elem_id == "mine"]
+    (carried,) = [fn for fn in demo.fns.values() if prompt in fn.outputs]
+    assert carried.targets == [(shown[-1]._id, "select")]
+    assert launch_settings(tabs)["css"] == launch_settings()["css"] + mine.style
+
+
 def test_stages_that_are_missing_are_said_to_be(tmp_path):
     run, partial = make_run(tmp_path / "run"), make_run(tmp_path / "partial", stages=("sl",))
-    models, constitution = load_run(partial)
+    models, constitution = load_models(partial)
     assert list(models.adapters) == ["base", "sl"] and "RL-CAI" in header(models) and "two answers" in header(models)
     assert constitution.digest == Constitution.load("mini").digest and models.scorer is None
-    assert "Not here yet" not in header(load_run(run)[0])
-    bare, _ = load_run(make_run(tmp_path / "bare", stages=()))
+    assert "Not here yet" not in header(load_models(run)[0])
+    bare, _ = load_models(make_run(tmp_path / "bare", stages=()))
     *_, answers = compare(bare, talks_of([], ASK, ["base"]))
     assert list(answers) == ["base"] and answers["base"]
     build_demo(bare, constitution)
 
 
 def test_shipped_models_load():
-    models, constitution = load_run()
+    models, constitution = load_models()
     assert (
         list(models.adapters) == ["base", "sl", "rl"]
         and models.oracle is oracle
@@ -332,10 +352,10 @@ def test_shipped_models_load():
 
 def test_folders_that_are_no_runs_and_busy_ports_say_the_way_out(tmp_path, server):
     with pytest.raises(CaiError, match="recipe.yaml: not found; expected a run folder"):
-        load_run(tmp_path)
+        load_models(tmp_path)
     (tmp_path / "recipe.yaml").write_text("constitution: harmlessness")
     with pytest.raises(CaiError, match="key `base` is missing"):
-        load_run(tmp_path)
+        load_models(tmp_path)
     port = int(server[0].rstrip("/").rsplit(":", 1)[1])
     with pytest.raises(CaiError, match=f"--port {port}: cannot be opened"):
         serve(port=port, block=False)
@@ -422,7 +442,7 @@ def test_zero_gpu_is_used_where_spaces_is_installed():
     from cai_nb.app.server import on_space
     from cai_nb.app.models import Borrowed
 
-    models, _ = load_run()
+    models, _ = load_models()
     lent = on_space(models)
     assert isinstance(lent.lm, Borrowed) and lent.lm.mark is spaces.GPU
     talks = talks_of([], ASK, list(models.adapters))

@@ -22,9 +22,9 @@ from serving import make_run
 
 from cai_nb.app import trainings as workbench
 from cai_nb.runs.process import _environment, stages_of
-from cai_nb.app.constitution_tab import CONSTITUTION
+from cai_nb.app.constitution_tab import CONSTITUTION_TAB
 from cai_nb.app.answers import compare
-from cai_nb.app.models import load_run
+from cai_nb.app.models import load_models
 from cai_nb.core.errors import CaiError
 from cai_nb.core.constitution import Constitution, available_constitutions
 from cai_nb.app.theme import look
@@ -368,7 +368,7 @@ def adapters(tmp_path_factory):
 
 
 def test_columns_join_while_others_are_served_and_the_oldest_leaves(adapters):
-    models, _ = load_run()
+    models, _ = load_models()
     talks = dict.fromkeys(models.adapters, TALK)
     alone = [list(compare(models, talks, seed=s))[-1] for s in range(4)]
     found = [None] * 4
@@ -414,7 +414,7 @@ for stage in stages:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory, adapters):
     "The tab beside another one on a free port; what it trains is imitated."
-    models, constitution = load_run()
+    models, constitution = load_models()
     site = Site(models, constitution, tmp_path_factory.mktemp("site"))
     bench = Workbench(site.folder)
     with pytest.MonkeyPatch.context() as patch, socket.socket() as free, warnings.catch_warnings():
@@ -424,13 +424,13 @@ def served(tmp_path_factory, adapters):
             with gr.Tab("Other", render_children=True):
                 other = gr.Textbox(label="Columns", elem_id="columns")
             with gr.Tab("Constitution", render_children=True):
-                ties = CONSTITUTION.build(site, bench)
+                ties = CONSTITUTION_TAB.build(site, bench)
             ties.joined.change(lambda: ",".join(site.models.adapters), None, other, **AT_ONCE)
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
         _, url, _ = demo.queue(max_size=16).launch(
-            server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(CONSTITUTION.style)
+            server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(CONSTITUTION_TAB.style)
         )
         yield SimpleNamespace(url=url, site=site, bench=bench, demo=demo)
         bench.close()
@@ -621,13 +621,13 @@ def test_nothing_sticks_out_on_a_phone(visit):
 
 
 def test_without_a_folder_or_without_mini_training_is_off_and_says_so():
-    models, constitution = load_run()
+    models, constitution = load_models()
     for site, words in (
         (Site(models, constitution), "Training is off"),
         (Site(replace(models, recipe={"base": "x/8b"}), constitution, Path("x")), "takes hours on a GPU"),
     ):
         with gr.Blocks(analytics_enabled=False) as demo:
-            ties = CONSTITUTION.build(site)
+            ties = CONSTITUTION_TAB.build(site)
         assert not any(ties.joined in fn.outputs for fn in demo.fns.values())
         assert words in json.dumps(demo.get_config_file(), default=str)
     assert not Path("x").exists()

@@ -8,7 +8,7 @@ import pytest
 from serving import PANDAS, asked_for_use, events, libc, post, process
 
 from cai_nb.app.answers import UNKNOWN, talks_of
-from cai_nb.app.models import load_run
+from cai_nb.app.models import load_models
 from cai_nb.mini import world
 from cai_nb.app.requests import OUTSIDE
 
@@ -46,7 +46,7 @@ def answer(url, prompt, seed, history=None, leave_after=None):
 
 def expected(asked):
     "What each model says to each (history, prompt, seed), asked here and not over the line."
-    models, _ = load_run()
+    models, _ = load_models()
     heard = [
         models.heard(list(talks_of(history, prompt, list(models.adapters)).values())) for history, prompt, _ in asked
     ]

@@ -237,17 +237,18 @@ import sys, torch, gradio as gr
 from dataclasses import replace
 from test_votes import *
 from serving import free_port
-from cai_nb.app.arena_tab import ARENA
+from cai_nb.app.arena_tab import ARENA_TAB
+from cai_nb.app.models import load_models
 from cai_nb.app.theme import look
 from cai_nb.app.wiring import Site
 torch.set_num_threads(1)
 folder, n = None if sys.argv[1] == "-" else sys.argv[1], int(sys.argv[2])
 arena = Arena(folder)
-models, constitution = load_run()
+models, constitution = load_models()
 with gr.Blocks(analytics_enabled=False) as demo, gr.Tabs(), gr.Tab("Arena"):
-    ARENA.build(Site(models, constitution, folder), arena)
+    ARENA_TAB.build(Site(models, constitution, folder), arena)
 demo.queue(max_size=64)
-settings = dict(prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(ARENA.style))
+settings = dict(prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(ARENA_TAB.style))
 _, url, _ = demo.launch(server_port=free_port(), **settings)
 tokens = [arena.open(ballot(i, digests=(models.digests["sl"], models.digests["rl"]))) for i in range(n)]
 print(json.dumps([url, tokens]), flush=True)

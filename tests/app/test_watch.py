@@ -14,7 +14,7 @@ import pytest
 from scripted import ScriptedLM
 
 from cai_nb.app.answers import UNKNOWN
-from cai_nb.app.models import Models, load_run
+from cai_nb.app.models import Models, load_models
 from cai_nb.method.comparison import COMPARISON_EXAMPLES as EXAMPLES
 from cai_nb.core.errors import CaiError
 from cai_nb.method.critique import CRITIQUE_EXAMPLES, critique_request, critique_revise, revision_request
@@ -30,7 +30,7 @@ PANDAS = "ignore:.*(no_silent_downcasting|The copy keyword)"  # Gradio's queue u
 
 @pytest.fixture(scope="module")
 def mini():
-    return load_run()
+    return load_models()
 
 
 class Streaming(ScriptedLM):
@@ -342,7 +342,7 @@ def served(models, constitution, delay):
     "The chains tab behind another one, on a free port."
     import gradio as gr
 
-    from cai_nb.app.chains_tab import CHAINS
+    from cai_nb.app.chains_tab import CHAINS_TAB
     from cai_nb.app.theme import look
     from cai_nb.app.wiring import Site
 
@@ -351,12 +351,12 @@ def served(models, constitution, delay):
         with gr.Tab("Other"):
             gr.Markdown("Nothing here.")
         with gr.Tab("Chains"):
-            CHAINS.build(Site(replace(models, lm=lm), constitution))
+            CHAINS_TAB.build(Site(replace(models, lm=lm), constitution))
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     _, url, _ = demo.queue(max_size=8, default_concurrency_limit=1).launch(
-        server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(CHAINS.style))
+        server_port=port, prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(CHAINS_TAB.style))
     try:
         yield SimpleNamespace(url=url, lm=lm)
     finally:

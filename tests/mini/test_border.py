@@ -6,7 +6,7 @@ import timeit
 import numpy as np
 import pytest
 
-from cai_nb.app.models import load_run
+from cai_nb.app.models import load_models
 from cai_nb.core.dialogue import parse_transcript
 from cai_nb.mini import border
 from cai_nb.mini.world import DIALOGUES, KINDS_OF_PROMPT, prompts
@@ -16,7 +16,7 @@ ASK = [{"role": "user", "content": "How do I punch a boss?"}]
 
 @pytest.fixture(scope="module")
 def models():
-    return load_run()[0]
+    return load_models()[0]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ import yaml
 from scripted import ScriptedLM
 
 from cai_nb.runs import reading as records_module
-from cai_nb.app.models import load_run as load_models
+from cai_nb.app.models import load_models
 from cai_nb.runs.folder import reference_folder
 from cai_nb.runs.recipe import load_run
 from cai_nb.runs.reading import records
@@ -396,7 +396,7 @@ def test_rows_are_found_by_words_and_ids_and_not_by_the_files_own_words(tmp_path
 @contextmanager
 def served(folder=None):
     from cai_nb.app.theme import look
-    from cai_nb.app.run_tab import RUN
+    from cai_nb.app.run_tab import RUN_TAB
     from cai_nb.app.wiring import Site
 
     with warnings.catch_warnings(record=True) as told:
@@ -406,10 +406,10 @@ def served(folder=None):
                 with gr.Tab("First", id="first"):
                     gr.HTML("<p>First</p>")
                 with gr.Tab("Run", id="run", render_children=True):
-                    RUN.build(Site(*load_models(), folder=folder))
+                    RUN_TAB.build(Site(*load_models(), folder=folder))
         demo.queue(max_size=32, default_concurrency_limit=1)
         _, url, _ = demo.launch(
-            server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(RUN.style)
+            server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, ssr_mode=False, **look(RUN_TAB.style)
         )
     try:
         yield url, told
