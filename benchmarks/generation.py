@@ -448,8 +448,8 @@ def table(found: dict) -> str:
     if "roofline" in found:
         r = found["roofline"]
         lines.append(
-            f"a step of 64 rows: {r['step_ms']:.1f} ms; at least {r['least_ms']:.1f} ms by {r['gflops']:.0f} GFLOP/s and "
-            f"{r['gb_per_s']:.0f} GB/s ({100 * r['share']:.0f} %); "
+            f"a step of 64 rows: {r['step_ms']:.1f} ms; at least {r['least_ms']:.1f} ms by {r['gflops']:.0f} GFLOP/s "
+            f"and {r['gb_per_s']:.0f} GB/s ({100 * r['share']:.0f} %); "
             f"cache {r['cache_mib_shared']:.0f} MiB, copied it would be {r['cache_mib_copied']:.0f}"
         )
     return "\n".join(lines)

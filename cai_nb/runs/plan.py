@@ -141,7 +141,8 @@ def estimated_pace(
     flops = card["tflops"] * 1e12 / 3
     step = max(weight_bytes / (card["bandwidth"] * 1e9 / 2), 2 * parameters * batch_size / flops)
     source = f"estimated for {parameters / 1e9:.1f}B parameters on {card['name']}"
-    return Pace(batch_size / step, flops / (2 * parameters), flops / (6 * parameters), prompt, reply, reply, 20.0, source)
+    return Pace(batch_size / step, flops / (2 * parameters), flops / (6 * parameters), prompt, reply, critique=reply,
+                request=20.0, source=source)
 
 
 def this_machine() -> dict:  # as `card` of a recipe
