@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ..core.errors import CaiError
 from ..core.settings import setting
+from ..method.comparison import COMPARISON_LAYOUTS
 from .folder import Run, say
 from .prompts_stage import HelpfulnessSettings
 from .roles import adapted, base_of, flag_of, lm_of, say_read
@@ -62,7 +63,7 @@ class LabelsSettings:
     clamp: list[float] | None = setting(None, "bounds such as [0.4, 0.6]; null: those with cot, none without")
     n_principles: int = setting(1, "different principles for each pair (the paper: 1)", low=1)
     both_orders: bool = setting(True, "ask with the options swapped as well")
-    layout: str = setting("paper", "how questions are put; principle_last is mini's", among=("paper", "principle_last"))
+    layout: str = setting("paper", "how questions are put; principle_last is mini's", among=tuple(COMPARISON_LAYOUTS))
     few_shot: bool = setting(False, "worked examples in front, for a base that follows no instructions")
     max_new_tokens: int = setting(256, "tokens of the reasoning", low=1)
     batch_size: int = setting(64, "pairs that are written to disk together", low=1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..core.settings import setting
+from ..method.critique import CRITIQUE_LAYOUTS
 from .folder import Run, say
 from .prompts_stage import HelpfulnessSettings
 from .roles import base_of, flag_of, lm_of, say_read
@@ -23,7 +24,7 @@ class ChainsSettings:
     n_revisions: int = setting(4, "revisions of every response", low=1)
     critiques: bool = setting(True, "false: revise directly (§3.5)")
     few_shot: bool = setting(False, "five worked examples in front, for a base that follows no instructions")
-    layout: str = setting("chat", "requests as chat turns, or in the paper's transcript", among=("chat", "paper"))
+    layout: str = setting("chat", "how requests are put", among=tuple(CRITIQUE_LAYOUTS))
     temperature: float = setting(1.0, "the paper's, always", low=0)
     max_new_tokens: int = setting(256, "tokens of a response, critique or revision", low=1)
     batch_size: int = setting(64, "prompts that are written to disk together", low=1)
