@@ -150,7 +150,7 @@ def check_file(
     "A suite's file, if it is there and of a kind that can be read."
     path = Path(path).expanduser()
     if not path.is_file():
-        raise CaiError(f"suite {name}: no such file {path}; get {published} from the paper's public repository")
+        raise CaiError(f"suite {name}: no such file {path}; get {published} from where it was published")
     if not path.name.endswith(endings):
         raise CaiError(f"suite {name}: found {path.name}, expected a {endings[0]} file, plain or .gz")
     return path
