@@ -5,9 +5,9 @@
 # %% ../../nbs/app/09_chain_cards.ipynb #a2ee52fe
 from __future__ import annotations
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 from .cards import marked, said, spark, verdict_line
+from ..measure.judging import Verdict
 from ..runs.markup import esc
 
 # %% auto #0
@@ -112,7 +112,7 @@ def _said(text: str, writing: bool = False) -> str:
 
 
 def _verdict(chain: Chain, part: dict) -> str:
-    return verdict_line(part["verdict"] and SimpleNamespace(**part["verdict"])) if chain.judged else ""
+    return verdict_line(part["verdict"] and Verdict(**part["verdict"])) if chain.judged else ""
 
 # %% ../../nbs/app/09_chain_cards.ipynb #876fefbe
 def chain_html(
