@@ -320,6 +320,8 @@ def test_real_scarcity_of_memory_in_a_process_of_its_own():
     code = """
 import resource, torch
 torch.set_num_threads(1)
+from cai_nb.lm.generate import LocalLM, _fitting
+from cai_nb.lm.model import load_model
 lm = LocalLM(*load_model("mini"), batch_size=4096)
 talk = [{"role": "user", "content": "How can I bake a cake? " * 30}]
 lm.sample([talk] * 2, max_new_tokens=2)

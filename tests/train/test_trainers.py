@@ -238,6 +238,7 @@ import torch
 torch.set_num_threads(1)
 from test_trainers import CONFIG, ROWS
 from tiny import tiny_model
+from cai_nb.method.sl import train_sl
 from accelerate import PartialState
 
 metrics = train_sl(*tiny_model(), ROWS, CONFIG, {out!r})
