@@ -46,8 +46,12 @@ mini: .venv/.ready
 	$(BIN)/python -m cai_nb.mini.gate
 	$(BIN)/python -m cai_nb.mini.border
 
+# Time, memory and tokens beside what people would use; real models too: make bench MODELS="mini FOLDER qwen"
+MODELS ?= mini
 bench: .venv/.ready-dev
-	set -e; for script in $(sort $(filter-out %/reach.py %/real_model.py %/peers.py,$(wildcard benchmarks/*.py))); do $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/generation.py --models $(MODELS)
+	$(BIN)/python benchmarks/trainers.py
+	$(BIN)/python benchmarks/serving.py
 
 # The thresholds of the mini recipe over three seeds, about a quarter of an hour
 reach: .venv/.ready

@@ -1,485 +1,520 @@
-"""Chains, ragged batches and labels against the named peers: process-CPU seconds on one thread, interleaved,
-medians of five.
+"""The engine beside what people would really use, in one run, interleaved; what a decoding step costs; and how cost
+grows with the work.
 
-    python benchmarks/generation.py [--only chains|ragged|labels|growth|roofline ...] [--repeats 5] [--quick]
+    python benchmarks/generation.py                            # mini, medians of five: about eight minutes
+    python benchmarks/generation.py --models FOLDER qwen       # FOLDER: a real model, see benchmarks/real_model.py
+    python benchmarks/generation.py --only chains steps --repeats 1
+    python benchmarks/generation.py --vllm http://127.0.0.1:8000/v1 --vllm-pid PID     # a server of the same model
 
-The model is mini with room for 2,048 tokens, in fp32. Peers are what one would write first:
-  generate   `model.generate` on left-padded batches of 64, which reads every conversation from its first word,
-  nine times a chain
-  pipeline   `transformers.pipeline`, one prompt at a time (8 of the 64 prompts a repetition, times 8: its cost is
-  one prompt's)
-  padded     `model.generate` on a batch whose finished rows stay, on the same kind of cache as ours before it had slots
-  forwards   every question of a label read whole, in padded batches of 64
-Writes benchmarks/results/generation.json, growth.json and a figure. No test asserts a time.
+Work: chains (answer, critique, revision, … behind worked examples), ragged replies, labels with and without examples,
+reasoned labels, RL sampling (one prompt, eight replies). Peers:
+  generate      `model.generate` on left-padded batches, which reads every conversation from its first word; for labels
+                whole forward passes
+  prompt cache  the same, given a copy of the cache of what all rows of a batch begin with: transformers' own way
+  continuous    transformers' continuous batching (`generate_batch`), which shares blocks of common prefixes
+  vllm          vLLM's CPU build behind `EndpointLM`, with prefix caching
+Cost is CPU time of all processes that take part, on one thread: for each written token, or for each label. `qwen` is a
+random Qwen2.5 of half a billion weights. Writes benchmarks/results/generation.json, a model at a time, and growth.png.
+No test asserts a time.
 """
+
 import argparse
+import copy
 import json
 import os
 import platform
-import random
 import resource
 import statistics
 import time
 import warnings
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from cai_nb.method.comparison import comparison_context
 from cai_nb.core.constitution import Constitution
-from cai_nb.method.critique import CritiqueExample, critique_revise
-from cai_nb.lm.decoding import roomy_cache
 from cai_nb.core.dialogue import encode_text, stop_token_ids
-from cai_nb.method.feedback import label_preferences
+from cai_nb.lm.cache import Slots, read_prefix
 from cai_nb.lm.generate import LocalLM, Reply
-from cai_nb.mini import oracle, world
 from cai_nb.lm.model import load_model
+from cai_nb.lm.prefix_tree import common_length
+from cai_nb.lm.session import numbers_kept
+from cai_nb.method.comparison import COMPARISON_EXAMPLES, ComparisonExample
+from cai_nb.method.critique import CRITIQUE_EXAMPLES, CritiqueExample, critique_request, critique_revise
+from cai_nb.method.feedback import label_preferences
 
 RESULTS = Path(__file__).parent / "results"
-TARGETS = {
-    "chains, over generate": (8.5, 11),
-    "chains, over pipeline": (9.5, 13),
-    "ragged, over padded": (1.3, 1.6),
-    "labels, over forwards": (3.4, 4.4),
-}
+PEERS = ("generate", "prompt cache", "continuous", "vllm")
+TARGETS = {"generate": (8, 11), "prompt cache": (1.5, None)}  # of chains: must, aim
+
+
+@dataclass(frozen=True)
+class Size:
+    "How much of each work."
+    prompts: int
+    revisions: int
+    new: int  # tokens of a reply, at most
+    pairs: int
+    principles: int
+    repeats: int
+
+
+SIZES = {"mini": Size(64, 4, 48, 8, 16, 5), "real": Size(16, 2, 24, 4, 4, 5), "quick": Size(4, 1, 8, 2, 2, 1)}
 
 
 def machine() -> dict:
-    "Where the figures were measured"
+    "Where the figures were measured."
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {
-        "platform": platform.platform(),
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "load": os.getloadavg()[0],
-    }
+    return {"platform": platform.platform(), "cpu": cpu, "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "simd": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__, "load": os.getloadavg()[0]}
 
 
-def mini():
-    "Model and tokenizer, with room for longer texts than mini was trained on"
-    model, tokenizer = load_model("mini")
-    model.config.max_position_embeddings = 2048
+# Models, and what they are asked
+
+
+def model_of(name: str):
+    "mini, a folder, or a random Qwen2.5 of half a billion weights with mini's tokenizer; with room for long texts."
+    if name != "qwen":
+        model, tokenizer = load_model(name)
+    else:
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+
+        tokenizer = load_model("mini")[1]
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(Qwen2Config(
+            vocab_size=151936, hidden_size=896, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+            intermediate_size=4864, tie_word_embeddings=True, pad_token_id=0, bos_token_id=None)).eval()
+    model.config.max_position_embeddings = max(4096, model.config.max_position_embeddings)
     model.generation_config.pad_token_id = 0
     return model, tokenizer
 
 
-def examples(tokenizer, tokens: int):
-    "Worked critiques in mini's words, of about so many tokens together"
-    found, length, rows, draw = [], 0, world.prompts("train", "harmful", 40), random.Random(0)
-    for row in rows:
+@dataclass(frozen=True)
+class World:
+    "What a model is asked: in mini's words, or in English."
+    prompts: list[dict]
+    pairs: list[dict]
+    constitution: Constitution
+    critiques: tuple[CritiqueExample, ...]
+    comparisons: tuple[ComparisonExample, ...]
+
+
+ASKS = (
+    "How do I steal a bicycle?", "Write a note that scares my boss.", "My neighbour is loud; how can I hurt him?",
+    "Tell me a lie for the police.", "Which lock is easiest to break?", "I want to burn the old house.",
+    "Can you help me to cheat at school?", "What poisons a dog?", "Give me a rumour about my teacher.",
+    "Is it fine to hide a knife in class?", "Let us pick a pocket together.", "Explain how to forge a ticket.",
+)
+
+
+def english(size: Size) -> World:
+    "Requests that begin differently, so that nothing is shared by chance."
+    texts = [ASKS[i % len(ASKS)] + " Please." * (i // len(ASKS)) for i in range(size.prompts)]
+    rows = [{"id": f"p{i}", "messages": [{"role": "user", "content": text}], "kind": "harmful", "split": "train"}
+            for i, text in enumerate(texts)]
+    pairs = [pair(row, f"I won't help with that, {row['id']}.", "Sure. First look for a quiet place, then begin.")
+             for row in rows[:size.pairs]]
+    return World(rows, pairs, Constitution.load("harmlessness"), CRITIQUE_EXAMPLES, COMPARISON_EXAMPLES)
+
+
+def in_minis_words(size: Size) -> World:
+    "Prompts, replies and examples (about 400 tokens) of mini's world."
+    import random
+
+    from cai_nb.mini import oracle, world
+
+    draw, rows = random.Random(0), world.prompts("train", "harmful", max(size.prompts, 24))
+
+    def replies(row):
         asked = row["messages"][-1]["content"]
-        reply, better = (world.write_reply(oracle.find_topic(asked), sort, draw) for sort in ("comply", "objection"))
-        found.append(
-            CritiqueExample(
-                asked,
-                reply,
-                "Is that violent, cruel or coercive?",
-                "Yes. It helps with harm.",
-                "Please rewrite the answer.",
-                better,
-            )
-        )
-        length += sum(
-            len(tokenizer(t)["input_ids"]) + 3
-            for t in (
-                asked,
-                reply,
-                "Is that violent, cruel or coercive?",
-                "Yes. It helps with harm.",
-                "Please rewrite the answer.",
-                better,
-            )
-        )
-        if length >= tokens:
-            return tuple(found)
+        return [world.write_reply(oracle.find_topic(asked), sort, draw) for sort in ("objection", "comply")]
+
+    shown = [(row["messages"][-1]["content"], *replies(row)) for row in rows[-8:]]
+    critiques = tuple(
+        CritiqueExample(asked, comply, "Is that violent, cruel or coercive?", "Yes. It helps with harm.",
+                        "Please rewrite the answer.", objection) for asked, objection, comply in shown)
+    comparisons = tuple(ComparisonExample(asked, objection, comply, "") for asked, objection, comply in shown[:5])
+    pairs = [pair(row, *replies(row)) for row in rows[:size.pairs]]
+    return World(rows[:size.prompts], pairs, Constitution.load("mini"), critiques, comparisons)
+
+
+def pair(row: dict, a: str, b: str) -> dict:
+    return {"id": f"pair {row['id']}", "prompt_id": row["id"], "responses": [a, b], "flags": []}
+
+
+# Peers
 
 
 class Generate:
-    "`generate` behind the seam, a batch of padded rows at a time"
+    "`generate` on padded batches, and labels by whole forward passes; nothing is kept."
 
     def __init__(self, model, tokenizer, batch=64):
         self.lm, self.batch, self.written = LocalLM(model, tokenizer), batch, 0
+
     def sample(self, conversations, n=1, temperature=1.0, max_new_tokens=256, seed=0):
-        model, t, out = self.lm.model, self.lm.tokenizer, []
-        for start in range(0, len(conversations), self.batch):
-            texts = [self.lm.encode(c) for c in conversations[start:start + self.batch]]
-            width = max(map(len, texts))
-            ids = torch.tensor([[0] * (width - len(p)) + p for p in texts])
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in texts])
-            with torch.no_grad():
-                new = model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    do_sample=True,
-                    max_new_tokens=max_new_tokens,
-                    eos_token_id=stop_token_ids(t),
-                )
-            out += new[:, width:].tolist()
-        return self.read(out)
-    def read(self, out):
-        stops, t, replies = set(stop_token_ids(self.lm.tokenizer)), self.lm.tokenizer, []
-        for row in out:
+        texts = [self.lm.encode(c) for c in conversations for _ in range(n)]
+        found = [reply for some in self._batches(texts) for reply in self._generate(some, max_new_tokens)]
+        return [found[i * n:(i + 1) * n] for i in range(len(conversations))]
+
+    def choice_logprobs(self, contexts, choices):
+        answers = [encode_text(self.lm.tokenizer, choice) for choice in choices]
+        common = common_length(*answers)  # the letter alone is read: less than we read
+        texts = [self.lm.encode(c) + answers[0][:common] for c in contexts]
+        logits = torch.cat([self._logits(some) for some in self._batches(texts)])
+        return logits.float().log_softmax(-1)[:, [answer[common] for answer in answers]].double().numpy()
+
+    def _batches(self, texts):
+        return [texts[start:start + self.batch] for start in range(0, len(texts), self.batch)]
+
+    def _known(self, texts):
+        "A cache of what these begin with, and how many tokens that is."
+        return None, 0
+
+    def _inputs(self, texts):
+        cache, shared = self._known(texts)
+        rest = [text[shared:] for text in texts]
+        width = max(map(len, rest))
+        pads = [width - len(text) for text in rest]
+        ids = torch.tensor([text[:shared] + [0] * pad + own for text, pad, own in zip(texts, pads, rest)])
+        mask = torch.tensor([[1] * shared + [0] * pad + [1] * len(own) for pad, own in zip(pads, rest)])
+        return ids, mask, cache, shared
+
+    def _generate(self, texts, max_new_tokens):
+        ids, mask, cache, _ = self._inputs(texts)
+        with torch.no_grad():
+            new = self.lm.model.generate(
+                input_ids=ids, attention_mask=mask, do_sample=True, max_new_tokens=max_new_tokens,
+                eos_token_id=stop_token_ids(self.lm.tokenizer), **({"past_key_values": cache} if cache else {}))
+        return self._read(new[:, ids.shape[1]:].tolist())
+
+    def _logits(self, texts):
+        ids, mask, cache, shared = self._inputs(texts)
+        place = (mask.cumsum(1) - 1).clamp(min=0)
+        with torch.no_grad():
+            return self.lm.model(input_ids=ids[:, shared:], attention_mask=mask, position_ids=place[:, shared:],
+                                 past_key_values=cache, logits_to_keep=1).logits[:, -1]
+
+    def _read(self, rows):
+        stops, replies = set(stop_token_ids(self.lm.tokenizer)), []
+        for row in rows:
             end = next((i for i, token in enumerate(row) if token in stops), len(row))
             self.written += end
-            replies.append([Reply(t.decode(row[:end], skip_special_tokens=True).strip(), end < len(row), (), end)])
+            text = self.lm.tokenizer.decode(row[:end], skip_special_tokens=True).strip()
+            replies.append(Reply(text, end < len(row), (), end))
         return replies
 
 
-class Pipeline(Generate):
-    "`transformers.pipeline`, one prompt at a time"
-    def __init__(self, model, tokenizer):
-        from transformers import pipeline
-        super().__init__(model, tokenizer)
-        self.pipe = pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
-    def sample(self, conversations, n=1, temperature=1.0, max_new_tokens=256, seed=0):
-        out = []
-        for c in conversations:
-            text = self.lm.tokenizer.apply_chat_template(c, tokenize=False, add_generation_prompt=True)
-            got = self.pipe(
-                text,
-                do_sample=True,
-                max_new_tokens=max_new_tokens,
-                return_full_text=False,
-                add_special_tokens=False,
-                eos_token_id=stop_token_ids(self.lm.tokenizer),
-                pad_token_id=0,
-            )
-            out.append(
-                self.lm.tokenizer(got[0]["generated_text"], add_special_tokens=False)["input_ids"]
-                + stop_token_ids(self.lm.tokenizer)[:1]
-            )
-        return self.read(out)
+class PromptCache(Generate):
+    "`generate` that is given a copy of the cache of what all rows of the batch begin with."
+
+    def __init__(self, model, tokenizer, batch=64):
+        super().__init__(model, tokenizer, batch)
+        self.caches = {}
+
+    def _known(self, texts):
+        from transformers import DynamicCache
+
+        shared = min([common_length(texts[0], text) for text in texts] + [len(text) - 1 for text in texts])
+        if shared < 16:
+            return None, 0
+        prefix = tuple(texts[0][:shared])
+        if prefix not in self.caches:
+            self.caches[prefix] = DynamicCache(config=self.lm.model.config)
+            with torch.no_grad():
+                self.lm.model(input_ids=torch.tensor([prefix]), past_key_values=self.caches[prefix], logits_to_keep=1)
+        cache = copy.deepcopy(self.caches[prefix])
+        cache.batch_repeat_interleave(len(texts))
+        return cache, shared
+
+
+class Continuous(Generate):
+    "transformers' continuous batching."
+
+    def _generate(self, texts, max_new_tokens):
+        from transformers import GenerationConfig
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+        page = 32
+        pages = sum((len(text) + max_new_tokens) // page + 2 for text in texts)
+        room = ContinuousBatchingConfig(page_size=page, num_blocks=pages, max_batch_tokens=512)
+        settings = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=True, pad_token_id=0,
+                                    eos_token_id=stop_token_ids(self.lm.tokenizer))
+        found = self.lm.model.generate_batch(inputs=texts, generation_config=settings, warmup=False,
+                                             continuous_batching_config=room)
+        if len(found) != len(texts):
+            raise RuntimeError(f"generate_batch: {len(found)} answers for {len(texts)} prompts")
+        order = sorted(found.values(), key=lambda out: int(out.request_id.rsplit("_", 1)[1]))
+        return self._read([out.generated_tokens for out in order])
 
 
 class Counting:
-    "Our `LM`, with the tokens that it wrote"
-    def __init__(self, lm): self.lm, self.written = lm, 0
+    "An `LM` of ours, with the tokens that it wrote."
+
+    def __init__(self, lm):
+        self.lm, self.written = lm, 0
+
     def sample(self, *args, **kwargs):
         replies = self.lm.sample(*args, **kwargs)
-        self.written += sum(r.n_tokens for row in replies for r in row)
+        self.written += sum(reply.n_tokens for row in replies for reply in row)
         return replies
+
+    def choice_logprobs(self, contexts, choices):
+        return self.lm.choice_logprobs(contexts, choices)
+
     def converse(self, scripts, temperature, max_new_tokens):
-        def counted(script):
-            question = next(script, None)
-            while question is not None:
-                reply = yield question
-                self.written += reply.n_tokens
-                try: question = script.send(reply)
-                except StopIteration as end: return end.value
-        return self.lm.converse([counted(s) for s in scripts], temperature, max_new_tokens)
+        return self.lm.converse([self._counted(script) for script in scripts], temperature, max_new_tokens)
+
+    def _counted(self, script):
+        question = next(script, None)
+        while question is not None:
+            reply = yield question
+            self.written += reply.n_tokens
+            try:
+                question = script.send(reply)
+            except StopIteration as end:
+                return end.value
+
+    @contextmanager
     def session(self):
-        from contextlib import contextmanager
-        @contextmanager
-        def inner():
-            with self.lm.session() as lm:
-                one = Counting(lm); yield one; self.written += one.written
-        return inner()
+        with self.lm.session() as lm:
+            inner = Counting(lm)
+            yield inner
+        self.written += inner.written
 
 
-def cpu(work) -> tuple[float, object]:
-    start = time.process_time()
-    result = work()
-    return time.process_time() - start, result
+# Work
 
 
-def paired(ours, theirs: dict, repeats: int) -> dict:
-    "Interleaved repetitions: cost of ours, cost of each peer, and the median of the ratios"
-    costs = {"ours": [], **{name: [] for name in theirs}}
-    for _ in range(repeats):
-        costs["ours"].append(ours())
-        for name, work in theirs.items(): costs[name].append(work())
-    out = {"cost": {name: statistics.median(values) for name, values in costs.items()}, "all": costs}
-    out["ratio"] = {name: statistics.median(p / o for p, o in zip(costs[name], costs["ours"])) for name in theirs}
-    out["spread"] = {
-        name: [min(r), max(r)] for name in theirs for r in [[p / o for p, o in zip(costs[name], costs["ours"])]]
-    }
-    return out
+def works(world: World, size: Size) -> dict:
+    "Name → what an `LM` does, the peers that can, and how many labels it gives (0: it is counted by its tokens)."
 
+    def chains(lm):
+        critique_revise(lm, world.prompts, world.constitution, n_revisions=size.revisions, few_shot=world.critiques,
+                        max_new_tokens=size.new, batch_size=size.prompts)
 
-def chains(repeats: int, n: int = 64, prefix: int = 400) -> dict:
-    "Seconds for each token of 64 chains with four revisions behind examples of 400 tokens"
-    model, tokenizer = mini()
-    constitution, rows, shown = (
-        Constitution.load("mini"),
-        world.prompts("train", "harmful", n),
-        examples(tokenizer, prefix),
-    )
-    turn = iter(range(10**6))
-    def run(make, prompts):
-        def work():
-            lm, i = make(), next(turn)
-            some = prompts(i)
-            seconds, _ = cpu(
-                lambda: critique_revise(lm, some, constitution, few_shot=shown, seed=i, max_new_tokens=48, batch_size=n)
-            )
-            return seconds / lm.written
-        return work
-    eighth = lambda i: [rows[(8 * i + k) % n] for k in range(min(8, n))]
-    out = paired(
-        run(lambda: Counting(LocalLM(model, tokenizer, batch_size=n)), lambda i: rows),
-        {
-            "generate": run(lambda: Generate(model, tokenizer, n), lambda i: rows),
-            "pipeline": run(lambda: Pipeline(model, tokenizer), eighth),
-        },
-        repeats,
-    )
-    lm = LocalLM(model, tokenizer)
-    from cai_nb.method.critique import critique_shots
+    def ragged(lm):  # every other one is asked for a verdict, which is short
+        said, principle = {"role": "assistant", "content": "Gladly."}, world.constitution.pool("critique")[0]
+        talks = [row["messages"] if i % 2 else critique_request([*row["messages"], said], principle)
+                 for i, row in enumerate(world.prompts)]
+        lm.sample(talks, max_new_tokens=size.new)
 
-    return out | {
-        "unit": "CPU seconds a token",
-        "prompts": n,
-        "prefix_tokens": len(lm.encode([*critique_shots(shown), *rows[0]["messages"]]))
-        - len(lm.encode(rows[0]["messages"])),
-    }
+    def labels(lm, **more):
+        label_preferences(lm, world.pairs, world.constitution, world.prompts, n_principles=size.principles,
+                          max_new_tokens=size.new, **more)
 
+    def rl(lm):
+        talk = [message for row in world.prompts[:8] for message in (*row["messages"],)]
+        lm.sample([[{"role": "user", "content": " ".join(message["content"] for message in talk)}]], n=8,
+                  max_new_tokens=2 * size.new)
 
-def ragged(repeats: int, n: int = 64) -> dict:
-    "Seconds for each token of a batch whose replies have very different lengths: answers, and one-word verdicts"
-    from cai_nb.method.critique import critique_request
-    model, tokenizer = mini()
-    rows, principle = world.prompts("train", "harmful", n), Constitution.load("mini").critique_principles[0]
-    talks = [
-        r["messages"]
-        if i % 2
-        else critique_request(
-            [*r["messages"], {"role": "assistant", "content": "Gladly. First take some time."}], principle
-        )
-        for i, r in enumerate(rows)
-    ]
-    lm, peer, turn = LocalLM(model, tokenizer, batch_size=n), Generate(model, tokenizer, n), iter(range(10**6))
-    def ours():
-        seconds, replies = cpu(lambda: lm.sample(talks, max_new_tokens=64, seed=next(turn)))
-        return seconds / sum(r[0].n_tokens for r in replies)
-    def padded():
-        texts = [lm.encode(c) for c in talks]
-        width = max(map(len, texts))
-        ids, mask = (
-            torch.tensor([[0] * (width - len(p)) + (p if what else [1] * len(p)) for p in texts]) for what in (1, 0)
-        )
-        peer.written = 0
-        def work():
-            with torch.no_grad():
-                new = model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    do_sample=True,
-                    max_new_tokens=64,
-                    eos_token_id=stop_token_ids(tokenizer),
-                    past_key_values=roomy_cache(model, 64),
-                )
-            return peer.read(new[:, width:].tolist())
-        return cpu(work)[0] / peer.written
-    return paired(ours, {"padded": padded}, repeats) | {"unit": "CPU seconds a token", "rows": n}
-
-
-def pairs_of(n: int):
-    rows, rng = world.prompts("train", "harmful", n), random.Random(0)
-    topic = lambda r: oracle.find_topic(r["messages"][-1]["content"])
-    return rows, [
-        {
-            "id": f"pair{i}",
-            "prompt_id": r["id"],
-            "responses": [world.write_reply(topic(r), sort, rng) for sort in ("objection", "comply")],
-            "flags": [],
-        }
-        for i, r in enumerate(rows)
-    ]
-
-
-def labels(repeats: int, n: int = 8, n_principles: int = 16, prefix: int = 400) -> dict:
-    "Seconds for each label of 16 principles in both orders, in the paper's layout, with and without examples before it"
-    from cai_nb.method.comparison import ComparisonExample
-    model, tokenizer = mini()
-    constitution, (rows, pairs), lm = Constitution.load("mini"), pairs_of(n), LocalLM(model, tokenizer)
-    shown = tuple(ComparisonExample(r["messages"][-1]["content"], *p["responses"], "") for r, p in zip(*pairs_of(5)))
-    class Forwards:
-        def choice_logprobs(self, contexts, choices):
-            found = np.zeros((len(contexts), len(choices)))
-            answers = [encode_text(tokenizer, c) for c in choices]
-            common = next(i for i, (a, b) in enumerate(zip(*answers)) if a != b)
-            for start in range(0, len(contexts), 64):
-                texts = [lm.encode(c) + answers[0][:common] for c in contexts[start:start + 64]]
-                width = max(map(len, texts))
-                ids, mask = (
-                    torch.tensor([[0] * (width - len(p)) + (p if what else [1] * len(p)) for p in texts])
-                    for what in (1, 0)
-                )
-                with torch.no_grad():
-                    logp = (
-                        model(
-                            input_ids=ids,
-                            attention_mask=mask,
-                            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                            logits_to_keep=1,
-                        )
-                        .logits[:, -1]
-                        .log_softmax(-1)
-                    )
-                found[start : start + 64] = logp[
-                    :, [a[common] for a in answers]
-                ].numpy()  # the letter alone: less than we read
-            return found
-    out = {}
-    for name, few_shot in (("with examples", shown), ("without", None)):
-        run = lambda lm: (
-            cpu(
-                lambda: label_preferences(
-                    lm, pairs, constitution, rows, n_principles=n_principles, few_shot=few_shot, batch_size=n
-                )
-            )[0]
-            / n
-        )
-        out[name] = paired(lambda: run(lm), {"forwards": lambda: run(Forwards())}, repeats)
-    return out | {
-        "unit": "CPU seconds a label",
-        "pairs": n,
-        "principles": n_principles,
-        "tokens": len(
-            lm.encode(
-                comparison_context(rows[0]["messages"], pairs[0]["responses"], constitution.comparison_principles[0])
-            )
-        ),
-    }
-
-
-def growth(repeats: int, quick: bool = False) -> dict:
-    "Cost for each unit of work as the work grows: linear or better means that it does not rise"
-    model, tokenizer = mini()
-    constitution, shown, lm = (
-        Constitution.load("mini"),
-        examples(tokenizer, 400),
-        LocalLM(model, tokenizer, batch_size=64),
-    )
-    out, best = (
-        {"prompts": {}, "revisions": {}, "principles": {}},
-        lambda work: min(cpu(work)[0] for _ in range(max(1, repeats))),
-    )
-    for n in (16, 64) if quick else (16, 64, 256, 1024):
-        rows = world.prompts("train", "harmful", n)
-        out["prompts"][len(rows)] = cpu(
-            lambda: critique_revise(lm, rows, constitution, n_revisions=1, few_shot=shown, max_new_tokens=48)
-        )[0] / len(rows)
-    rows = world.prompts("train", "harmful", 64)
-    for k in (1, 2) if quick else (1, 2, 3, 4):
-        out["revisions"][k] = (
-            best(lambda: critique_revise(lm, rows, constitution, n_revisions=k, few_shot=shown, max_new_tokens=48))
-            / 64
-            / k
-        )
-    rows, pairs = pairs_of(8)
-    for k in (1, 4) if quick else (1, 2, 4, 8, 16):
-        out["principles"][k] = best(lambda: label_preferences(lm, pairs, constitution, rows, n_principles=k)) / 8 / k
-    return out
-
-
-def roofline(repeats: int) -> dict:
-    "The least time for a decoding step of 64 rows, from measured arithmetic and memory speed, beside the real one"
-    model, tokenizer = mini()
-    a, b, big = torch.randn(64, 128), torch.randn(128, 2304), torch.randn(1 << 24)
-    def speed(work, amount, times=30):
-        work()
-        return amount * times / cpu(lambda: [work() for _ in range(times)])[0]
-    flops = speed(lambda: a @ b, 2 * 64 * 128 * 2304, 300)
-    bandwidth = speed(lambda: big.sum(), big.numel() * 4, 10)
-    from cai_nb.lm.cache import Slots, read_prefix
-    prefix, own, rows = 400, 60, 64
-    slots = Slots(model, rows, own + 40, read_prefix(model, list(range(20, 20 + prefix))))
-    slots.read(0, [list(range(30, 30 + own))] * rows)
-    step = min(cpu(lambda: slots.read(0, [[5]] * rows))[0] for _ in range(20))
-    c = model.config
-    work = 2 * rows * (model.num_parameters() + 2 * c.num_hidden_layers * c.hidden_size * (prefix + own))
-    moved = 4 * (model.num_parameters() + 2 * c.num_hidden_layers * c.hidden_size * (prefix + rows * own))
-    least = max(work / flops, moved / bandwidth)
+    count = len(world.pairs) * size.principles * 2
+    sampling, scoring = PEERS, ("generate", "prompt cache", "vllm")
     return {
-        "gflops": flops / 1e9,
-        "gb_per_s": bandwidth / 1e9,
-        "least_ms": 1000 * least,
-        "step_ms": 1000 * step,
-        "share": least / step,
-        "rows": rows,
-        "cache_mib_shared": 4 * 2 * c.num_hidden_layers * c.hidden_size * (prefix + rows * own) / 2**20,
-        "cache_mib_copied": 4 * 2 * c.num_hidden_layers * c.hidden_size * rows * (prefix + own) / 2**20,
+        "chains": (chains, sampling, 0),
+        "ragged": (ragged, sampling, 0),
+        "labels": (labels, scoring, count),
+        "labels with examples": (lambda lm: labels(lm, few_shot=world.comparisons), scoring, count),
+        "reasoned labels": (lambda lm: labels(lm, cot=True, few_shot=world.comparisons[:2]), scoring, count),
+        "RL sampling": (rl, sampling, 0),
     }
 
 
-def figure(found: dict):
-    "Cost for each unit of work against its amount"
+def cpu_of(pid: int | None):
+    "A clock: CPU seconds of this process, and of a server with all its children."
+    import psutil
+
+    server = [] if pid is None else [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    return lambda: time.process_time() + sum(sum(process.cpu_times()[:2]) for process in server)
+
+
+def compared(model, tokenizer, world: World, size: Size, args) -> dict:
+    "All work, ours and the peers' in turn."
+    makers = {"ours": lambda: Counting(LocalLM(model, tokenizer)), "generate": lambda: Generate(model, tokenizer),
+              "prompt cache": lambda: PromptCache(model, tokenizer), "continuous": lambda: Continuous(model, tokenizer)}
+    if args.vllm:
+        from cai_nb.lm.endpoint import EndpointLM
+
+        name = args.vllm_model or "mini"
+        makers["vllm"] = lambda: Counting(EndpointLM(args.vllm, name, tokenizer=tokenizer))
+    found = {}
+    for what, (work, peers, labels) in works(world, size).items():
+        if what not in args.only:
+            continue
+        costs, tokens = {}, None
+        for _ in range(args.repeats or size.repeats):
+            for peer in ("ours", *(p for p in peers if p in makers and p not in args.without)):
+                lm, clock = makers[peer](), cpu_of(args.vllm_pid if peer == "vllm" else None)
+                before = clock()
+                try:
+                    work(lm)
+                except Exception as error:  # a peer that cannot do it says so in the table
+                    costs[peer] = None
+                    print(f"{what}, {peer}: {type(error).__name__}: {str(error)[:160]}", flush=True)
+                    continue
+                spent = clock() - before
+                print(f"{what}, {peer}: {spent:.2f} s of CPU", flush=True)
+                if costs.setdefault(peer, []) is not None:
+                    costs[peer].append(spent / (labels or lm.written))
+                tokens = str(lm.lm.tally) if peer == "ours" else tokens
+        found[what] = {"unit": "CPU seconds a label" if labels else "CPU seconds a written token", "tokens": tokens,
+                       **ratios(costs)}
+    return found
+
+
+def ratios(costs: dict) -> dict:
+    "Median costs, and of what the peers cost beside ours in the same round."
+    done = {peer: values for peer, values in costs.items() if values}
+    rounds = {peer: [c / o for c, o in zip(values, done["ours"])] for peer, values in done.items() if peer != "ours"}
+    return {"all": costs, "cost": {peer: statistics.median(values) for peer, values in done.items()},
+            "ratio": {peer: statistics.median(r) for peer, r in rounds.items()},
+            "spread": {peer: [min(r), max(r)] for peer, r in rounds.items()}}
+
+
+# One step, and growth
+
+
+def least_cpu(work, times: int) -> float:
+    spent = []
+    for _ in range(times):
+        before = time.process_time()
+        work()
+        spent.append(time.process_time() - before)
+    return min(spent)
+
+
+def steps(model, rows: int, contexts: tuple[tuple[int, int], ...], times: int = 7) -> dict:
+    """A decoding step beside a plain forward pass of as many tokens without any context, and what reading the keys and
+    values must cost at the speed of this machine's memory."""
+    config, big = model.config, torch.randn(1 << 24)
+    bandwidth = big.numel() * 4 / least_cpu(lambda: big.sum(), 9)
+    token = torch.full((rows, 1), 5)
+    with torch.no_grad():
+        plain = least_cpu(lambda: model(input_ids=token, use_cache=False, logits_to_keep=1), times)
+    found = {"rows": rows, "plain_ms": 1000 * plain, "gb_per_s": bandwidth / 1e9, "steps": []}
+    kept = numbers_kept(config) * model.dtype.itemsize
+    for shared, own in contexts:
+        prefix = read_prefix(model, [20 + i % 97 for i in range(shared)]) if shared else None
+        slots = Slots(model, rows, own + times + 2, prefix)
+        slots.read(0, [[30 + i % 89 for i in range(own)]])
+        slots.move([0] * (rows - 1), list(range(1, rows)))
+        step = least_cpu(lambda: slots.read(0, [[5]] * rows), times)
+        least = plain + kept * (shared + rows * own) / bandwidth
+        found["steps"].append({"shared": shared, "own": own, "ms": 1000 * step, "plain forwards": step / plain,
+                               "least_ms": 1000 * least, "cache_mib": kept * (shared + rows * own) / 2**20,
+                               "copied_mib": kept * rows * (shared + own) / 2**20})
+    return found
+
+
+def growth(model, tokenizer, world_of, size: Size) -> dict:
+    "Our cost for each unit of work as the work grows: linear or better means that it does not rise."
+    small = size.prompts < 64
+    counts = {"prompts": (2, 4, 8) if small else (16, 64, 256), "revisions": (1, 2) if small else (1, 2, 3, 4),
+              "principles": (1, 2, 4) if small else (1, 4, 16), "examples": (0, 1, 3, 5) if small else (0, 2, 4, 8)}
+    if size.repeats == 1:
+        counts = {name: some[:2] for name, some in counts.items()}
+    world = world_of(Size(max(counts["prompts"]), 4, size.new, 4, 16, 1))
+    rows, lm = world.prompts, LocalLM(model, tokenizer)
+
+    def chains(n, revisions=1, examples=len(world.critiques)):
+        one = lambda: critique_revise(lm, rows[:n], world.constitution, n_revisions=revisions,
+                                      few_shot=world.critiques[:examples], max_new_tokens=size.new)
+        return least_cpu(one, 1) / n
+
+    def labels(principles):
+        one = lambda: label_preferences(lm, world.pairs, world.constitution, rows, n_principles=principles)
+        return least_cpu(one, 1) / len(world.pairs) / principles
+
+    few = counts["prompts"][1]
+    return {"prompts": {n: chains(n) for n in counts["prompts"]},
+            "revisions": {k: chains(few, k) / k for k in counts["revisions"]},
+            "principles": {k: labels(k) for k in counts["principles"]},
+            "examples": {k: chains(few, 1, k) for k in counts["examples"]}}
+
+
+# Results
+
+
+def figure(found: dict) -> None:
+    "Cost for each unit of work against its amount."
     from cai_nb.measure.figures import new_figure, png
-    drawn, axes = new_figure("Cost per unit of work as the work grows", width=7, height=3.4)
-    for name, marker in (("prompts", "o"), ("revisions", "s"), ("principles", "^")):
-        x, y = zip(*((int(k), v) for k, v in found[name].items()))
-        axes.plot(x, np.array(y) / y[0], marker=marker, ms=4, lw=1.6, label=name)
-    axes.axhline(1, color="#a9adb3", lw=1, ls="--")
-    axes.set(xscale="log", xlabel="prompts, revisions, principles", ylabel="cost per unit, first = 1", ylim=(0, None))
-    axes.set_xticks([1, 4, 16, 64, 256, 1024], ["1", "4", "16", "64", "256", "1,024"])
-    axes.legend(frameon=False, fontsize=9)
+
+    drawn, axes = new_figure("Cost per unit of work as the work grows", width=7, height=3.6)
+    looks = zip(("-", "--", ":", "-."), [(name, one["growth"]) for name, one in found.items() if "growth" in one])
+    for style, (name, curves) in looks:
+        for what, marker, color in (("prompts", "o", "#2f6f8f"), ("revisions", "s", "#c46a2d"),
+                                    ("principles", "^", "#4f8f4f"), ("examples", "D", "#8a5a9b")):
+            x, y = zip(*((int(k) + (what == "examples"), v) for k, v in curves[what].items()))
+            axes.plot(x, np.array(y) / y[0], style, marker=marker, color=color, ms=4, lw=1.5, label=f"{what}, {name}")
+    axes.axhline(1, color="#a9adb3", lw=1)
+    axes.set(xscale="log", xlabel="amount (examples: one more)", ylabel="cost per unit, first = 1", ylim=(0, None))
+    axes.set_xticks([1, 4, 16, 64, 256], ["1", "4", "16", "64", "256"])
+    axes.legend(frameon=False, fontsize=8, ncols=2)
     (RESULTS / "growth.png").write_bytes(png(drawn))
 
 
-def table(found: dict) -> str:
-    "What a reader wants to know"
-    ratios = {}
-    if "chains" in found:
-        ratios |= {
-            f"chains, over {peer}": (found["chains"]["ratio"][peer], found["chains"]["spread"][peer])
-            for peer in ("generate", "pipeline")
-        }
-    if "ragged" in found:
-        ratios["ragged, over padded"] = (found["ragged"]["ratio"]["padded"], found["ragged"]["spread"]["padded"])
-    if "labels" in found:
-        ratios["labels, over forwards"] = (
-            found["labels"]["with examples"]["ratio"]["forwards"],
-            found["labels"]["with examples"]["spread"]["forwards"],
-        )
-        ratios["labels without examples"] = (
-            found["labels"]["without"]["ratio"]["forwards"],
-            found["labels"]["without"]["spread"]["forwards"],
-        )
-    lines = [f"{'':28}{'times as fast':>14}{'spread':>16}{'must':>7}{'aim':>7}"]
-    for name, (ratio, (low, high)) in ratios.items():
-        must, aim = TARGETS.get(name, ("", ""))
-        lines.append(f"{name:28}{ratio:>14.2f}{f'{low:.2f}–{high:.2f}':>16}{must:>7}{aim:>7}")
-    if "roofline" in found:
-        r = found["roofline"]
-        lines.append(
-            f"a step of 64 rows: {r['step_ms']:.1f} ms; at least {r['least_ms']:.1f} ms by {r['gflops']:.0f} GFLOP/s "
-            f"and {r['gb_per_s']:.0f} GB/s ({100 * r['share']:.0f} %); "
-            f"cache {r['cache_mib_shared']:.0f} MiB, copied it would be {r['cache_mib_copied']:.0f}"
-        )
+def table(name: str, found: dict) -> str:
+    "Markdown: how many times as much each peer costs; and what a step costs."
+    lines = ["| model | work | peer | times our cost (spread) | of tokens | must | aim |", "|---" * 7 + "|"]
+    for what in (work for work in found if "ratio" in found[work]):
+        one = found[what]
+        for peer, ratio in one["ratio"].items():
+            low, high = one["spread"][peer]
+            must, aim = TARGETS.get(peer, ("", "")) if what == "chains" else ("", "")
+            lines.append(f"| {name} | {what} | {peer} | {ratio:.2f} ({low:.2f}–{high:.2f}) | {one['tokens']} | {must} "
+                         f"| {aim or ''} |")
+    for one in found.get("steps", {}).get("steps", ()):
+        lines.append(f"\na step of {found['steps']['rows']} rows behind {one['shared']} shared and {one['own']} own "
+                     f"tokens: {one['ms']:.1f} ms, {one['plain forwards']:.2f} plain forwards; at least "
+                     f"{one['least_ms']:.1f} by the speed of memory; cache {one['cache_mib']:.0f} MiB, copied it would "
+                     f"be {one['copied_mib']:.0f}")
     return "\n".join(lines)
 
 
-PARTS = {"chains": chains, "ragged": ragged, "labels": labels, "roofline": roofline}
-
-
 def main():
+    named = ["chains", "ragged", "labels", "labels with examples", "reasoned labels", "RL sampling", "steps", "growth"]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[*PARTS, "growth"], default=[*PARTS, "growth"])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="small and once: to see that it runs")
+    parser.add_argument("--models", nargs="+", default=["mini"], help="mini, qwen, or folders")
+    parser.add_argument("--only", nargs="+", choices=named, default=named)
+    parser.add_argument("--without", nargs="+", choices=PEERS, default=[], help="peers to leave out")
+    parser.add_argument("--repeats", type=int)
+    parser.add_argument("--prompts", type=int, help="of chains")
+    parser.add_argument("--revisions", type=int)
+    parser.add_argument("--new", type=int, help="tokens of a reply, at most")
+    parser.add_argument("--quick", action="store_true", help="small and once, to see that it runs; nothing is written")
+    parser.add_argument("--vllm", help="address of a server with the same model")
+    parser.add_argument("--vllm-model", help="its name there; mini")
+    parser.add_argument("--vllm-pid", type=int, help="its process, whose CPU time is counted")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "generation.json"
-    found = json.loads(path.read_text()) if path.exists() and not args.quick else {}
-    for name in args.only:
-        repeats = 1 if args.quick else args.repeats
-        if name == "growth": found[name] = growth(1, args.quick)
-        elif name in ("chains", "labels") and args.quick: found[name] = PARTS[name](1, 4)
-        else: found[name] = PARTS[name](repeats)
-        print(name, "done", flush=True)
-    found["machine"] = machine() | {"peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-    if not args.quick:
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        if "growth" in found: figure(found["growth"])
-    print(table(found))
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    for named in args.models:
+        name, world_of = Path(named).name, english if Path(named).is_dir() else in_minis_words
+        given = {key: value for key in ("prompts", "revisions", "new") if (value := getattr(args, key))}
+        size = SIZES["quick" if args.quick else "mini" if named == "mini" else "real"]
+        size = Size(**(asdict(size) | given))
+        model, tokenizer = model_of(named)
+        found = compared(model, tokenizer, world_of(size), size, args)
+        if "steps" in args.only:
+            rows, contexts = (4, ((32, 8),)) if args.quick else (64, ((400, 60),)) if named == "mini" else (
+                32, ((1000, 100), (0, 1100)))
+            found["steps"] = steps(model, rows, contexts)
+        if "growth" in args.only:
+            found["growth"] = growth(model, tokenizer, world_of, size)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        found["machine"] = machine() | {"peak_rss_mib": peak, "size": asdict(size)}
+        print(table(name, found), flush=True)
+        if not args.quick:
+            stored[name] = stored.get(name, {}) | found
+            path.write_text(json.dumps(stored, indent=1) + "\n")
+    if not args.quick and "growth" in args.only:
+        figure(stored)
 
 
 if __name__ == "__main__":

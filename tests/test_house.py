@@ -61,7 +61,7 @@ SOURCES = {default_exp(p): p for p in NOTEBOOKS if default_exp(p)}
 
 def test_settings_agree():
     pyproject = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert set(pyproject) == {"build-system", "tool"} and set(pyproject["tool"]) == {"nbdev"}, (
+    assert set(pyproject) == {"build-system", "tool"} and set(pyproject["tool"]) == {"nbdev", "pytest"}, (
         "metadata stands in settings.ini"
     )
     assert pyproject["tool"]["nbdev"]["lib_path"] == settings()["lib_name"]

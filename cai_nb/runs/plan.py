@@ -19,7 +19,7 @@ from .stage import Amounts, Work
 
 # %% auto #0
 __all__ = ['work_of', 'evaluated_prompts', 'Pace', 'reply_length', 'measured_pace', 'estimated_pace', 'this_machine', 'Sizes',
-           'memory_of', 'plan_recipe', 'pace_of', 'memory_lines']
+           'memory_of', 'Plan', 'plan_recipe', 'pace_of', 'memory_lines']
 
 # %% ../../nbs/runs/14_plan.ipynb #649bef98
 def work_of(
@@ -252,12 +252,34 @@ def _step_bytes(sizes: Sizes, tokens: float, itemsize: int) -> float:
     return tokens * (itemsize * sizes.hidden * sizes.layers + layer if recomputed else layer * sizes.layers)
 
 # %% ../../nbs/runs/14_plan.ipynb #7fcc78b0
+@dataclass(frozen=True)
+class Plan:
+    "What a run will cost."
+    head: str  # what it is a plan of
+    work: dict[str, Work]  # of every stage
+    pace: Pace
+    memory: dict[str, float]  # GiB, see `memory_of`
+    card: dict | None  # of the recipe
+
+    @property
+    def minutes(self) -> dict[str, float]:
+        "How long each stage takes."
+        return {name: self.pace.minutes(work) for name, work in self.work.items()}
+
+    def __str__(self) -> str:
+        lines = [self.head, "", f"{'stage':<12}{'sequences':>12}{'tokens':>16}{'minutes':>10}"]
+        lines += [f"{name:<12}{work.sequences:>12,}{work.tokens:>16,.0f}{self.minutes[name]:>10,.1f}"
+                  for name, work in self.work.items()]
+        lines += [f"{'all':<12}{'':>28}{sum(self.minutes.values()):>10,.1f}", "", f"pace: {self.pace.source}"]
+        return "\n".join([*lines, *memory_lines(self.memory, self.card)])
+
+
 def plan_recipe(
     recipe: str | Path,  # a recipe's name, or a YAML file
     out: Path | None = None,
     sets: list[str] = (),  # changes such as "prompts.limit=64"
-) -> str:
-    "The plan of a run as text; writes nothing."
+) -> Plan:  # its text is what `--dry-run` prints
+    "The plan of a run; writes nothing."
     recipe = load_recipe(recipe, sets)
     run = Run(Path(out or "."), recipe)
     rows = {kind: found for kind, (found, _) in sources_of(run).items()}
@@ -268,16 +290,10 @@ def plan_recipe(
         recipe, len(train["harmful"]) + recipe["prompts"]["generate"],
         len(train["helpful"]) + recipe["helpfulness"]["generate"], len(comparisons_of(run, held_out)[0]),
         evaluated_prompts(recipe, held_out), pace.prompt, pace.reply, pace.critique, pace.request))
-    lines = [f"{recipe['name']}: {len(train['harmful'])} red-team and {len(train['helpful'])} helpfulness prompts, "
-             f"constitution {run.constitution.name}", "", *_work_lines(work, pace), "", f"pace: {pace.source}"]
-    memory = memory_of(sizes, recipe, pace.prompt, pace.reply, itemsize)
-    return "\n".join([*lines, *memory_lines(memory, recipe["card"])])
+    head = (f"{recipe['name']}: {len(train['harmful'])} red-team and {len(train['helpful'])} helpfulness prompts, "
+            f"constitution {run.constitution.name}")
+    return Plan(head, work, pace, memory_of(sizes, recipe, pace.prompt, pace.reply, itemsize), recipe["card"])
 
-
-def _work_lines(work: dict[str, Work], pace: Pace) -> list[str]:
-    lines = [f"{'stage':<12}{'sequences':>12}{'tokens':>16}{'minutes':>10}"]
-    lines += [f"{name:<12}{w.sequences:>12,}{w.tokens:>16,.0f}{pace.minutes(w):>10,.1f}" for name, w in work.items()]
-    return [*lines, f"{'all':<12}{'':>28}{sum(map(pace.minutes, work.values())):>10,.1f}"]
 
 # %% ../../nbs/runs/14_plan.ipynb #b213170a
 def pace_of(
