@@ -11,14 +11,15 @@ from pathlib import Path
 from random import Random
 
 from ..core.errors import CaiError
-from ..core.files import read_text
+from ..core.files import read_json_lines, read_text, write_safely
 from ..core.rows import row_id
 from .correction import check_verdicts, confusion_rows, corrected_rate
-from .judging import REPLY_KINDS, UNJUDGED, Judge, Verdict
-from .rates import as_table
+from .judging import REPLY_KINDS, UNJUDGED, Verdict
+from .rates import as_table, show_rate
 
 # %% auto #0
-__all__ = ['reply_key', 'load_labels', 'LabelJudge', 'check_judge_on', 'check_text', 'sample_to_label', 'corrected_table']
+__all__ = ['reply_key', 'load_labels', 'LabelJudge', 'check_judge_on', 'check_text', 'sample_to_label', 'corrected_table',
+           'write_sample']
 
 # %% ../../nbs/measure/10_labels.ipynb #e4753212
 def reply_key(
@@ -42,8 +43,8 @@ def load_labels(
             continue
         row = _label_row(line, f"{path}:{number}")
         if kinds.setdefault(row["key"], row["kind"]) != row["kind"]:
-            raise CaiError(f"{path}:{number}: this reply is {row['kind']} here and {kinds[row['key']]} above; keep one, "
-                           "or give each reader a file of their own")
+            raise CaiError(f"{path}:{number}: this reply is {row['kind']} here and {kinds[row['key']]} above; keep "
+                           "one, or give each reader a file of their own")
         rows.append(row)
     if not rows:
         raise CaiError(f"{path}: no labels; expected lines with prompt or messages, response and kind")
@@ -61,7 +62,8 @@ def _label_row(line: str, where: str) -> dict:
     told = isinstance(prompt, str) or isinstance(prompt, list) and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in prompt)
     if not told:
-        raise CaiError(f"{where}: found {prompt!r} as the request, expected prompt (a text) or messages (role, content)")
+        raise CaiError(f"{where}: found {prompt!r} as the request, expected prompt (a text) or messages (role, "
+                       "content)")
     if row.get("kind") not in REPLY_KINDS:
         raise CaiError(f"{where}: kind: found {row.get('kind')!r}, expected one of {', '.join(REPLY_KINDS)}")
     return row | {"asked": prompt, "key": reply_key(prompt, row["response"])}
@@ -106,12 +108,11 @@ def check_text(
     found: dict,  # of `check_judge_on`
 ) -> str:
     "What `cai-nb judge check` prints."
-    def told(r): return "–" if r["value"] is None else f"{100 * r['value']:.1f} % ({100 * r['low']:.1f}–{100 * r['high']:.1f})"
     kappa = "not defined" if found["kappa"] is None else f"{found['kappa']:.2f}"
-    head = f"{found['n']} labelled replies: agreement {told(found['agreement'])}, kappa {kappa}"
+    head = f"{found['n']} labelled replies: agreement {show_rate(found['agreement'])}, kappa {kappa}"
     lost = f"; {found['unjudged']} more the judge could not judge" if found["unjudged"] else ""
     kinds = [["kind", "found by the judge", "right when it says so"]]
-    kinds += [[kind, told(r["found"]), told(r["trusted"])] for kind, r in found["kinds"].items()]
+    kinds += [[kind, show_rate(r["found"]), show_rate(r["trusted"])] for kind, r in found["kinds"].items()]
     return "\n\n".join([head + lost, as_table(kinds), as_table(confusion_rows(found))])
 
 # %% ../../nbs/measure/10_labels.ipynb #2524eb2f
@@ -150,3 +151,22 @@ def corrected_table(
                 kind: corrected_rate([t == kind for t, _ in sample], [j == kind for _, j in sample],
                                      [j == kind for j in rest]) for kind in kinds}
     return found
+
+# %% ../../nbs/measure/10_labels.ipynb #a318f948
+def write_sample(
+    run: str | Path,  # a run folder that has been evaluated
+    out: str | Path,  # JSON lines: messages, response, kind (empty)
+    each: int = 50,  # of every model and set
+    seed: int = 0,
+) -> str:  # what was written, for people
+    "Draw a run's replies to be labelled. Raises `CaiError` where there are none, or `out` exists: it may hold work."
+    rows = read_json_lines(Path(run) / "eval" / "samples.jsonl")
+    if not rows:
+        raise CaiError(f"{run}: no eval/samples.jsonl; evaluate it first: cai-nb eval {run}")
+    if Path(out).exists():
+        raise CaiError(f"{out}: exists already, and may hold labels; name another file")
+    messages = {row["id"]: row["messages"] for row in read_json_lines(Path(run) / "prompts.jsonl")}
+    drawn = sample_to_label(rows, each, seed)
+    lines = [{"messages": messages[row["prompt_id"]], "response": row["response"], "kind": ""} for row in drawn]
+    write_safely(Path(out), "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    return f"{out}: {len(lines)} replies; write into kind one of {', '.join(REPLY_KINDS)}"
