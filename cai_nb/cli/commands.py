@@ -205,7 +205,7 @@ def export_command(
     model: Annotated[str, typer.Option(help="sl or rl.")] = "rl",
     merged: Annotated[Optional[Path], typer.Option(metavar="DIR", help="A new folder: the whole model.")] = None,
     base: Annotated[
-        Optional[str], typer.Option(help="Full-precision weights of the run's base, where that is quantised or has moved.")
+        Optional[str], typer.Option(help="Full-precision weights of its base, where that is quantised or has moved.")
     ] = None,
     dtype: Annotated[Optional[str], typer.Option(help="Of the weights that are written; else as the base's.")] = None,
     licence: Annotated[Optional[str], typer.Option(help="The base's licence, where it does not say.")] = None,

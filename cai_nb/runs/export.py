@@ -32,8 +32,8 @@ def stored_dtype(
     "The type that a base's weights have on disk; what exists in few bits alone is refused."
     config = _config(base)
     if getattr(config, "quantization_config", None):
-        raise CaiError(f"base {base!r}: its weights are quantised, and an adapter cannot be merged into them without loss; "
-                       "name the full-precision model that it was made from with --base")
+        raise CaiError(f"base {base!r}: its weights are quantised, and an adapter cannot be merged into them "
+                       "without loss; name the full-precision model that it was made from with --base")
     return str(config.get_text_config().dtype or config.dtype or "float32").removeprefix("torch.")
 
 
@@ -84,8 +84,8 @@ class Merged:
 
     def __str__(self) -> str:
         size = f"{self.parameters / 1e9:.1f}B" if self.parameters >= 1e9 else f"{self.parameters / 1e6:.1f}M"
-        return (f"{size} parameters in {self.dtype}: its logits differ by {self.difference:.2g} at most from those of the "
-                f"adapter on its base, which the adapter moved by {self.change:.2g}")
+        return (f"{size} parameters in {self.dtype}: its logits differ by {self.difference:.2g} at most from those of "
+                f"the adapter on its base, which the adapter moved by {self.change:.2g}")
 
 # %% ../../nbs/runs/18_export.ipynb #5ae47c55
 def merge_adapter(

@@ -78,8 +78,8 @@ def _texts_of(base: str) -> Path | None:
 # %% ../../nbs/runs/17_model_page.ipynb #7ced3161
 TAKEN = {  # model → title, and what it is
     "sl": ("SL-CAI", "finetuned on its own revisions of its replies, and on helpful replies"),
-    "rl": ("RL-CAI", "finetuned on its own revisions, then trained by reinforcement learning against a preference model "
-                     "that learnt from AI feedback"),
+    "rl": ("RL-CAI", "finetuned on its own revisions, then trained by reinforcement learning against a preference "
+                     "model that learnt from AI feedback"),
 }
 
 

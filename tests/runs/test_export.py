@@ -1,4 +1,4 @@
-"""A model that is taken away: whole, from full weights, and it answers in a process that knows nothing of this package."""
+"""A model that is taken away: whole, from full weights, and it answers where this package is not."""
 
 import json
 import os
@@ -24,7 +24,8 @@ import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-ids = tokenizer.apply_chat_template(json.loads(sys.argv[2]), add_generation_prompt=True, return_tensors="pt", return_dict=True)
+talk = json.loads(sys.argv[2])
+ids = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_tensors="pt", return_dict=True)
 said = model.generate(**ids, max_new_tokens=64, do_sample=False)[0, ids.input_ids.shape[1]:]
 assert "cai_nb" not in sys.modules
 print(json.dumps([tokenizer.decode(said, skip_special_tokens=True), said[-1].item()]))
@@ -32,7 +33,7 @@ print(json.dumps([tokenizer.decode(said, skip_special_tokens=True), said[-1].ite
 
 
 def run_of(folder, base, lora=None, dtype=torch.float32, size=0.3, quantization=None):
-    """A run folder as training leaves it, whose SL adapter is random, on a tiny random base that is stored in `dtype`."""
+    """A run folder as training leaves it: a random SL adapter on a tiny random base that is stored in `dtype`."""
     from peft import get_peft_model
 
     from cai_nb.lm.model import lora_config, save_adapter
@@ -50,7 +51,7 @@ def run_of(folder, base, lora=None, dtype=torch.float32, size=0.3, quantization=
     run.mkdir()
     save_adapter(adapted, "default", run / "sl")
     (run / "sl" / "chat_template.jinja").write_text(tokenizer.chat_template)
-    recipe = {"name": "small", "base": str(folder / "base"), "constitution": "hhh", "quantization": quantization, "seed": 0}
+    recipe = {"name": "small", "base": str(folder / "base"), "constitution": "hhh", "quantization": quantization}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (run / "manifest.json").write_text(json.dumps({"stages": {}}))
     Constitution.load("hhh").save(run / "constitution.yaml")
@@ -58,11 +59,12 @@ def run_of(folder, base, lora=None, dtype=torch.float32, size=0.3, quantization=
 
 
 def test_it_answers_in_a_fresh_process(tmp_path):
-    """The merged model, read by transformers alone, says what the adapter on its base says, and stops where it stops."""
+    """The merged model, read by transformers alone, says what the adapter on its base says, and stops there."""
     from cai_nb.lm.generate import LocalLM
     from cai_nb.lm.model import add_adapters, load_model
 
-    shown = CliRunner().invoke(app, ["export", str(reference_folder()), "--model", "sl", "--merged", str(tmp_path / "out")])
+    arguments = ["export", str(reference_folder()), "--model", "sl", "--merged", str(tmp_path / "out")]
+    shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0 and "parameters in float16" in shown.output, shown.output
     fresh = subprocess.run([sys.executable, "-c", FRESH, str(tmp_path / "out"), json.dumps(TALK)], capture_output=True,
                            text=True, cwd=tmp_path, env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"})
