@@ -105,7 +105,7 @@ class _Prefix:
 
 
 def _take_prefix(spec: dict) -> _Prefix:
-    "Take out of the tokenizer what puts a space before a text: it belongs before turns, not before what goes on in one."
+    "Take out what puts a space before a text: it belongs before turns, not before what goes on in one."
     steps = lambda step, inner: [] if step is None else step.get(inner, [step])
     prefix, normalizers = _Prefix(), steps(spec["normalizer"], "normalizers")
     for step in normalizers:

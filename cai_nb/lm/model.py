@@ -60,8 +60,8 @@ def check_template(
     "Raise if this is not the chat template that an adapter was trained with; say it if it marks turns by odd words."
     words = [word for word in stop_texts(tokenizer) if _CONTROL.fullmatch(word)]
     if words and not folder:
-        notice(f"{tokenizer.name_or_path}: its chat template marks turns by {', '.join(words)}, which its tokenizer knows "
-               "only as text; they are used as words. If the model is not meant so, the template is another model's")
+        notice(f"{tokenizer.name_or_path}: its chat template marks turns by {', '.join(words)}, which its tokenizer "
+               "knows only as text; they are used as words. If the model was not made so, it is another's template")
     trained = Path(folder) / "chat_template.jinja" if folder else None
     if trained and trained.is_file() and trained.read_text(encoding="utf-8").strip() != tokenizer.chat_template.strip():
         raise CaiError(

@@ -55,7 +55,8 @@ VICUNA = (
     "{% else %}{{ m['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
 )
 ALPACA = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '### Instruction:\n' + m['content'] + '\n\n' }}"
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}{{ '### Instruction:\n' + m['content'] + '\n\n' }}"
     "{% elif m['role'] == 'assistant' %}{{ '### Response:\n' + m['content'] + eos_token + '\n\n' }}"
     "{% else %}{{ m['content'] + '\n\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}"
@@ -190,7 +191,7 @@ def test_harmless_text_stays_where_words_mark_turns(name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_goes_on_in_a_turn_gets_no_space_of_its_own(family):
-    """An option is scored as the next words: ' (A)' behind the text, and not '  (A)', whatever the tokenizer prepends."""
+    """An option is scored as the next words: ' (A)' behind the text, and not '  (A)'."""
     tokenizer = make_tokenizer(TULU, family)
     asked = [user("which?"), assistant("hello:")]
     opened = encode_conversation(tokenizer, asked, continue_final=True)
