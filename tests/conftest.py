@@ -22,7 +22,8 @@ def pytest_configure(config):
 
 LONGEST = (  # begun first, so that the two processes of `make test` end together
     "app/test_load.py", "runs/test_pipeline.py", "runs/test_recipes.py", "app/test_draft.py", "app/test_app.py",
-    "browser/test_browser.py", "test_benchmarks.py", "app/test_votes.py", "lm/test_session.py", "lm/test_prefix_tree.py",
+    "browser/test_browser.py", "test_benchmarks.py", "app/test_votes.py", "lm/test_session.py",
+    "lm/test_prefix_tree.py",
 )
 
 
