@@ -32,7 +32,8 @@ ARCHITECTURES = {
     "Mixtral": ("MixtralConfig", {"num_local_experts": 2, "num_experts_per_tok": 1}),
     "Qwen 3 MoE": ("Qwen3MoeConfig", {"head_dim": 8, **EXPERTS}),
     "OLMoE": ("OlmoeConfig", {"num_experts": 2, "num_experts_per_tok": 1}),
-    "gpt-oss": ("GptOssConfig", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 12}),
+    "gpt-oss": ("GptOssConfig", {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1,
+                                  "sliding_window": 12}),
     "Qwen 3.5": ("Qwen3_5TextConfig", {"head_dim": 8, **HYBRID}),
     "Qwen3-Next": ("Qwen3NextConfig", {"head_dim": 8, **HYBRID, **EXPERTS, "shared_expert_intermediate_size": 16}),
     "Granite 4 H": ("GraniteMoeHybridConfig", {**MAMBA, "layer_types": ["mamba", "attention"], "num_local_experts": 0,
@@ -52,8 +53,8 @@ def random_model(name: str, seed: int = 1):
     tokenizer = tiny_tokenizer()
     kind, more = ARCHITECTURES[name]
     shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 512, "initializer_range": 0.3,
-             "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None} | more
+             "num_key_value_heads": 2, "intermediate_size": 48, "max_position_embeddings": 512,
+             "initializer_range": 0.3, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None} | more
     if kind in ("GPTNeoXConfig", "GPT2Config", "OPTConfig", "BloomConfig"):
         shape.pop("num_key_value_heads")
     if kind == "Gemma3Config":

@@ -1,4 +1,4 @@
-"""Architectures as people bring them: where adapters go, a head for every causal model, and a base that comes back clean."""
+"""Architectures as people bring them: where adapters go, a head for every model, a base that comes back clean."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def test_two_trainings_leave_the_base_as_it_was(name, tmp_path):
     rows = [{"prompt": q, "completion": said("No .")} for q in QUESTIONS]
     assert train_sl(model, tokenizer, rows, SLConfig(epochs=1, batch_size=4), tmp_path / "sl")["change"] > 0
     assert parts(model) == before
-    assert model.config.get_text_config() is text, "the modules hold the config of the text part: no copy may replace it"
+    assert model.config.get_text_config() is text, "no copy: its modules hold it"
     config = PreferenceConfig(batch_size=4, held_out=0)
     assert train_preference(model, tokenizer, PAIRS, config, tmp_path / "pm")["change"] > 0
     assert parts(model) == before and model_fingerprint(model) == whole
@@ -46,7 +46,7 @@ def test_adapters_go_on_language_layers_alone():
     assert adapted_layers(random_model("Qwen 3")[0]) == sorted(
         "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split())
     assert not {"gate", "router", "down_proj"} & set(adapted_layers(random_model("Qwen3-Next")[0]))
-    assert "out_proj" not in adapted_layers(random_model("Falcon H1")[0]), "its kernel reads that weight past an adapter"
+    assert "out_proj" not in adapted_layers(random_model("Falcon H1")[0]), "read past an adapter"
 
 
 def test_layers_on_layers_come_off():
