@@ -38,8 +38,9 @@ def _chains(run: Run) -> dict:
     c, lm = run.settings(ChainsSettings, "chains"), lm_of(run, "helpful", "chains")
     common = {"seed": run.recipe["seed"], "flag": flag_of(run), "temperature": c.temperature, "layout": c.layout,
               "max_new_tokens": c.max_new_tokens, "batch_size": c.batch_size}
-    chains = critique_revise(lm, run.train_prompts("harmful"), run.constitution, c.n_revisions, c.critiques,
-                             critique_examples(c.layout) if c.few_shot else None, out=run.file("chains.jsonl"), **common)
+    few_shot = critique_examples(c.layout) if c.few_shot else None
+    chains = critique_revise(lm, run.train_prompts("harmful"), run.constitution, c.n_revisions, c.critiques, few_shot,
+                             out=run.file("chains.jsonl"), **common)
     samples = run.settings(HelpfulnessSettings, "helpfulness").samples
     helpful = sample_replies(lm, run.train_prompts("helpful"), samples, out=run.file("helpful.jsonl"), **common)
     return {"chains": len(chains), "chains_flagged": sum(bool(row["flags"]) for row in chains),

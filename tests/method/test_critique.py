@@ -282,9 +282,10 @@ def test_few_shot_examples_are_whole_alternating_turns(layout, critiques):
 
 def test_examples_in_simple_words_are_short_object_and_give_a_reason():
     for e in critique_examples("chat_plain"):
-        assert " because " in e.revision and re.search(r"I can help|we ", e.revision), "a reason, and a better thing to do"
+        assert " because " in e.revision, "a reason"
+        assert re.search(r"I can help|we ", e.revision), "and a better thing to do"
         asked = [e.critique_request, e.revision_request]
-        assert all(re.fullmatch(r"[^.?!]+[.]", text) and len(text.split()) <= 15 for text in asked), "one short sentence"
+        assert all(re.fullmatch(r"[^.?!]+[.]", text) and len(text.split()) <= 15 for text in asked), "one sentence"
         sentences = re.split(r"(?<=[.?!]) ", " ".join([e.prompt, e.response, e.critique, e.revision]))
         assert max(len(s.split()) for s in sentences) <= 24
         assert not is_meta_talk(e.revision)
