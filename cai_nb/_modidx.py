@@ -50,6 +50,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'cai_nb/app/arena_tab.py'),
                                       'cai_nb.app.arena_tab._told_of': ('app/arena_tab.html#_told_of', 'cai_nb/app/arena_tab.py')},
             'cai_nb.app.calls': { 'cai_nb.app.calls.OpenPage': ('app/calls.html#openpage', 'cai_nb/app/calls.py'),
+                                  'cai_nb.app.calls.OpenPage.call_function': ( 'app/calls.html#openpage.call_function',
+                                                                               'cai_nb/app/calls.py'),
                                   'cai_nb.app.calls.OpenPage.preprocess_data': ( 'app/calls.html#openpage.preprocess_data',
                                                                                  'cai_nb/app/calls.py'),
                                   'cai_nb.app.calls.Refusal': ('app/calls.html#refusal', 'cai_nb/app/calls.py'),
