@@ -10,11 +10,12 @@ from pathlib import Path
 
 from ..core.errors import CaiError
 from ..core.files import file_digest, read_json
+from ..core.lock import folder_lock
 from .eval_stage import evaluate_suites_of
 from .folder import Run, read_manifest, say
 from .overview import further_tables
 from .page import write_page
-from .recipe import STAGES, load_run, open_run
+from .recipe import STAGES, load_recipe, load_run, open_run
 from .stage import Stage
 
 # %% auto #0
@@ -78,13 +79,15 @@ def run_recipe(
     names = [stage.name for stage in STAGES]
     if until is not None and until not in names:
         raise CaiError(f"--until {until}: no such stage; stages are {', '.join(names)}")
-    run = open_run(recipe, out, sets)
-    for stage in STAGES[:names.index(until) + 1] if until else STAGES:
-        run_stage(run, stage)
-    if until in (None, names[-1]):
-        write_page(run.folder)
-        say(results(run.folder))
-    return run.folder
+    folder = Path(out or Path("runs") / load_recipe(recipe, sets)["name"])
+    with folder_lock(folder, "cai-nb run"):
+        run = open_run(recipe, folder, sets)
+        for stage in STAGES[:names.index(until) + 1] if until else STAGES:
+            run_stage(run, stage)
+        if until in (None, names[-1]):
+            write_page(folder)
+            say(results(folder))
+    return folder
 
 # %% ../../nbs/runs/13_pipeline.ipynb #a2267713
 def evaluate_run(
@@ -93,10 +96,16 @@ def evaluate_run(
     n_cot: int = 0,  # chains of thought to each of their questions
 ) -> str:  # its tables
     "Evaluate a finished run again, or on the paper's suites."
-    run, (*before, last) = load_run(folder), STAGES
-    for stage in before:
-        if not run.done(stage.name):
+    for stage in STAGES[:-1]:
+        if not load_run(folder).done(stage.name):
             raise CaiError(f"{folder}: stage {stage.name} is not done; finish the run first: cai-nb run")
+    with folder_lock(folder, "cai-nb eval"):
+        _evaluate(load_run(folder), STAGES[-1], suites, n_cot)
+    write_page(folder)
+    return results(folder)
+
+
+def _evaluate(run: Run, last: Stage, suites: dict | None, n_cot: int) -> None:
     if not suites:
         for old in run.file("eval").glob("*.jsonl") if run.file("eval").exists() else ():
             old.unlink()
@@ -104,5 +113,3 @@ def evaluate_run(
     run_stage(run, last)
     if suites:
         evaluate_suites_of(run, suites, n_cot)
-    write_page(folder)
-    return results(folder)
