@@ -21,7 +21,7 @@ from .errors import CaiError
 from .files import sync_name
 
 # %% auto #0
-__all__ = ['row_id', 'RowFile', 'batches', 'progress', 'in_batches']
+__all__ = ['row_id', 'row_lines', 'RowFile', 'batches', 'progress', 'in_batches']
 
 # %% ../../nbs/core/05_rows.ipynb #85a3d727
 def row_id(
@@ -42,6 +42,13 @@ def _dump(row: dict) -> str:
     except ValueError as error:
         name = row.get("id") or row.get("pair_id")
         raise CaiError(f"row {name!r} holds NaN or infinity; every number must be finite") from error
+
+
+def row_lines(
+    rows: Iterable[dict],
+) -> str:
+    "Rows as the text of a whole file, for one that is written at once and does not grow."
+    return "".join(_dump(row) + "\n" for row in rows)
 
 
 def _parse(line: bytes) -> dict | None:
