@@ -1,4 +1,4 @@
-"""The prompts that ship are whole: split by content, without near duplicates, varied, and of no use to anyone who means harm."""
+"""The prompts that ship are split by content, without near duplicates, varied, and of no use to whoever means harm."""
 
 import gzip
 import re
@@ -16,10 +16,10 @@ from cai_nb.core.records import read_records
 FILES = {"red_team": "harmful", "benign": "helpful", "look_alikes": "helpful"}  # file → kind of its prompts
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 COMMON = frozenset(
-    "a about all an and any are as at be best by can could did do does don't for from get give go good had has have he help"
-    " her him his how i i'm if in into is it it's its just know like make me my need no not of on one or our out she should"
-    " so some somebody someone tell than that the their them then there they this to up us want was way we what what's"
-    " when where which who why will with without would write you your".split()
+    "a about all an and any are as at be best by can could did do does don't for from get give go good had has "
+    "have he help her him his how i i'm if in into is it it's its just know like make me my need no not of on one "
+    "or our out she should so some somebody someone tell than that the their them then there they this to up us "
+    "want was way we what what's when where which who why will with without would write you your".split()
 )
 
 
