@@ -1,4 +1,4 @@
-"A recipe of one's own: no data that nobody named, files found beside it, a folder that outlives its constitution's file."
+"A recipe of one's own: no data that nobody named, files found beside it, a constitution that moves."
 
 import json
 from pathlib import Path
@@ -44,12 +44,13 @@ HEAD = "name: own\nbase: someone/model\nprompts: {path: asked.jsonl, limit: 16}\
 
 
 @pytest.mark.parametrize("said, missing", [
-    ("", "helpfulness.path and helpfulness.comparisons"), ("helpfulness: {path: asked.jsonl}", "helpfulness.comparisons"),
+    ("", "helpfulness.path and helpfulness.comparisons"),
+    ("helpfulness: {path: asked.jsonl}", "helpfulness.comparisons"),
     ("helpfulness: {comparisons: null, limit: 9}", "helpfulness.path"),
     ("judge: null\nhelpful: mini", "helpfulness.path and helpfulness.comparisons"),
 ])
 def test_no_default_brings_the_data_of_mini_to_another_model(own, said, missing):
-    with pytest.raises(CaiError, match=rf"own\.yaml: {missing}: nothing is said of it, .*someone/model; .* null for none"):
+    with pytest.raises(CaiError, match=rf"own\.yaml: {missing}: nothing is said of it.*someone/model; .*null for none"):
         load_recipe(own(HEAD + said))
 
 
@@ -66,7 +67,8 @@ def test_neither_do_its_red_team_prompts(own, tmp_path):
 def test_mini_keeps_its_defaults_and_so_does_another_size_of_it(own):
     for text in ("base: mini\n", "base: someone/mini-xl\njudge: mini\n", "{}"):
         recipe = load_recipe(own(text))
-        assert recipe["helpfulness"]["path"] == recipe["helpfulness"]["comparisons"] == recipe["prompts"]["path"] == "mini"
+        h = recipe["helpfulness"]
+        assert h["path"] == h["comparisons"] == recipe["prompts"]["path"] == "mini"
     assert all(load_recipe(name) for name in available_recipes())
 
 
@@ -122,7 +124,8 @@ def test_a_constitution_may_move(own, tmp_path, capsys):
     rules.rename(tmp_path / "moved.yaml")
     run = open_run(path, tmp_path / "run")
     assert run.constitution.digest == Constitution.load("hhh").digest and "is used" in capsys.readouterr().err
-    assert open_run(path, tmp_path / "run", [f"constitution={tmp_path / 'moved.yaml'}"]).constitution == run.constitution
+    moved = open_run(path, tmp_path / "run", [f"constitution={tmp_path / 'moved.yaml'}"])
+    assert moved.constitution == run.constitution
     Constitution.load("non_evasive").save(rules)
     with pytest.raises(CaiError, match="has changed since this run began"):
         open_run(path, tmp_path / "run")
@@ -137,7 +140,8 @@ def test_a_constitution_may_move(own, tmp_path, capsys):
 @pytest.mark.parametrize("rows, pairs, said", [
     (asked(split="test"), compared(), "prompts.path asked.jsonl: no red-team prompt is left for training; its column "
      r"split says test \(24\), and never train; remove the column"),
-    (asked(), compared(split="validation"), r"helpfulness.path compared.jsonl: no helpfulness prompt .* validation \(24\)"),
+    (asked(), compared(split="validation"),
+     r"helpfulness.path compared.jsonl: no helpfulness prompt .* validation \(24\)"),
     (asked(), [{"prompt": f"Boat {i}?", "chosen": "Yes.", "rejected": "Yes."} for i in range(20)],
      "helpfulness.comparisons compared.jsonl: no comparison is left for training; .*20"),
     ([{"prompt": "  "}] * 9, compared(), "prompts.path asked.jsonl: no red-team prompt .*without a user's turn.*9"),
