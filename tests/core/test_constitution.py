@@ -366,7 +366,7 @@ def test_what_is_imported_is_good(tmp_path, name, data, ids):
 
 
 @pytest.mark.parametrize("name, data, found", [
-    ("a.json", b'[{"critic": "Say it.", "revision": "Mend."}, {"critic": " ", "revision": "x"}]', "a.json: 1: critic is"),
+    ("a.json", b'[{"critic": "Say it.", "revision": "Do."}, {"critic": " ", "revision": "x"}]', "a.json: 1: critic is"),
     ("a.json", b'[{"critic": "Human: what?", "revision": "x"}]', "a.json: 0: critique: carries the marker 'Human:'"),
     ("a.json", b'["Be kind.", "", " "]', "a.json: 1: found ''"),
     ("a.json", b'{"a": {"comparison": "x"}, "a": {"comparison": "y"}}', "a.json: the key 'a' stands twice"),
