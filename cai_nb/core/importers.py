@@ -77,7 +77,8 @@ def _entry(
     if isinstance(entry, str) and plain_request(entry):
         return _from_rule(entry, id)
     if not isinstance(entry, dict):
-        raise CaiError(f"{where}: found {str(entry)[:40]!r}, expected a text or {{critic, revision}}; rewrite the entry")
+        raise CaiError(f"{where}: found {str(entry)[:40]!r}, expected a text or {{critic, revision}}; "
+                       "rewrite the entry")
     texts = _texts_of(entry, where)
     kept = {k: texts[k] for k in ("title", "critique", "revision", "comparison") if k in texts}
     id, title = _short(texts.get("id", id), id)
@@ -101,9 +102,9 @@ def _short(
 
 # %% ../../nbs/core/14_importers.ipynb #f5d97b55
 def import_constitution(
-    src: str | Path,  # the paper's folder, .json, a table (.csv, .jsonl …), a .yaml of ours, a text with one rule a line
+    src: str | Path,  # the paper's folder, .json, a table (.csv, .jsonl …), a .yaml of ours, a text of one rule a line
 ) -> Constitution:
-    "Read principles of another house into a constitution that `check` accepts; every entry is kept or named in an error."
+    "Read principles of another house into a constitution that `check` accepts; what is not kept is named in an error."
     path = Path(src).expanduser()
     if path.is_dir():
         return Constitution.from_paper(path)

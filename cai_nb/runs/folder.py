@@ -96,7 +96,7 @@ class Run:
         return self.entry(stage).get("status") == "done"
 
     def source(self, written: str) -> str:
-        "A file that the recipe names, as it is found: beside the recipe's own file if it stands there, else as written."
+        "A file that the recipe names: beside the recipe's own file if it stands there, else as written."
         folder = self.beside or self.manifest.get("beside")
         found = Path(folder).expanduser() / Path(written).expanduser() if folder else Path(written)
         return str(found) if found.exists() else written

@@ -158,9 +158,9 @@ def _check_data(recipe: dict, said: list[dict], where: str) -> None:
         return
     unsaid = [f"{section}.{key}" for section, key in _DATA if not any(key in part.get(section, {}) for part in said)]
     if unsaid:
-        none = ", or null for none" if "prompts.path" not in unsaid else ""
+        way = "name a file or a data set as recipe t4 does" + ", or null for none" * ("prompts.path" not in unsaid)
         raise CaiError(f"{where}: {' and '.join(unsaid)}: nothing is said of it, and the default, the data of mini's "
-                       f"world, is not for the base {recipe['base']}; name a file or a data set as recipe t4 does{none}")
+                       f"world, is not for the base {recipe['base']}; {way}")
 
 # %% ../../nbs/runs/07_recipe.ipynb #0b25b490
 def parse_set(
