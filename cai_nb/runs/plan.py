@@ -280,8 +280,8 @@ def plan_recipe(
     sets: list[str] = (),  # changes such as "prompts.limit=64"
 ) -> Plan:  # its text is what `--dry-run` prints
     "The plan of a run; writes nothing."
-    beside, recipe = recipe_file(recipe).parent, load_recipe(recipe, sets)
-    run = Run(Path(out or Path("runs") / recipe["name"]), recipe, beside=beside)
+    recipe_folder, recipe = recipe_file(recipe).parent, load_recipe(recipe, sets)
+    run = Run(Path(out or Path("runs") / recipe["name"]), recipe, recipe_folder=recipe_folder)
     rows = {kind: found for kind, (found, _) in sources_of(run).items()}
     train = {kind: [row for row in found if row["split"] == "train"] for kind, found in rows.items()}
     held_out = [row for found in rows.values() for row in found if row["split"] == "eval"]

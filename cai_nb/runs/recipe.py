@@ -5,6 +5,7 @@
 # %% ../../nbs/runs/07_recipe.ipynb #7375e325
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +15,8 @@ import yaml
 
 from ..core.constitution import available_constitutions
 from ..core.errors import CaiError
-from ..core.files import package_folder, write_safely
+from ..core.files import file_digest, package_folder, sync_name, write_safely
+from ..core.seals import accept_edit, check_seals
 from ..core.settings import checked, setting, suggestion
 from .eval_stage import EVAL
 from .folder import Run, code_digest, read_manifest, say, versions
@@ -25,9 +27,9 @@ from .sl_stages import CHAINS, SL
 from .stage import Stage
 
 # %% auto #0
-__all__ = ['STAGES', 'stage_named', 'GeneralSettings', 'ServerSettings', 'sections', 'all_defaults', 'merge', 'available_recipes',
-           'recipe_file', 'load_recipe', 'parse_set', 'check_together', 'differences', 'filled', 'read_recipe',
-           'load_run', 'open_run']
+__all__ = ['STAGES', 'COPIES', 'stage_named', 'GeneralSettings', 'ServerSettings', 'sections', 'all_defaults', 'merge',
+           'available_recipes', 'recipe_file', 'load_recipe', 'parse_set', 'check_together', 'differences', 'filled',
+           'read_recipe', 'load_run', 'open_run', 'check_left']
 
 # %% ../../nbs/runs/07_recipe.ipynb #ed520d3d
 STAGES: tuple[Stage, ...] = (PROMPTS, CHAINS, SL, PAIRS, LABELS, PREFERENCE, RL, EVAL)
@@ -253,16 +255,35 @@ def open_run(
     recipe: str | Path,  # a recipe's name, or a YAML file
     out: Path | None = None,  # the folder; None: `runs/<name of the recipe>`
     sets: list[str] = (),  # changes such as "prompts.limit=64"
+    accepted: list[str] = (),  # files of the folder whose edits are meant
 ) -> Run:
-    "Start a run folder, or come back to one with the same recipe."
-    beside, recipe = recipe_file(recipe).parent.resolve(), load_recipe(recipe, sets)
-    run = Run(Path(out or Path("runs") / recipe["name"]), recipe, beside=beside)
+    "Start a run folder, or come back to one with the same recipe; what is done must be as it was left."
+    recipe_folder, recipe = recipe_file(recipe).parent.resolve(), load_recipe(recipe, sets)
+    run = Run(Path(out or Path("runs") / recipe["name"]), recipe, recipe_folder=recipe_folder)
     run.folder.mkdir(parents=True, exist_ok=True)
     if run.file("recipe.yaml").exists():
-        _come_back(run)
+        _come_back(run, accepted)
+    elif accepted:
+        raise CaiError(f"--accept {accepted[0]}: {run.folder} is no run folder yet, so nothing is to accept")
     else:
+        if run.file("manifest.json").exists() and read_manifest(run.folder).get("stages"):
+            raise CaiError(f"{run.file('recipe.yaml')}: missing, and {run.folder} has stages that were begun; "
+                           "put it back, or take another --out")
         _begin(run)
     return run
+
+
+COPIES = ("recipe.yaml", "constitution.yaml")  # with which a run begins, and which every stage reads
+
+
+def check_left(
+    run: Run,
+) -> None:
+    "Raise if anything that a stage reads is not as it was left, and name it."
+    check_seals(run.folder, run.manifest, {*COPIES, *(name for stage in STAGES for name in stage.reads)})
+    if run.file("constitution.yaml").exists() and run.constitution.digest != run.manifest["constitution"]["digest"]:
+        raise CaiError(f"{run.file('constitution.yaml')}: its principles are not those with which this run began; "
+                       "put it back, or take another --out")
 
 
 def _begin(run: Run) -> None:
@@ -273,15 +294,23 @@ def _begin(run: Run) -> None:
         "constitution": {"name": run.constitution.name, "digest": run.constitution.digest}, "stages": {}}
     named = [run.recipe["constitution"], *(run.recipe[section][key] for section, key in _DATA)]
     if any(name and run.source(name) != name for name in named):  # something stands beside the recipe
-        run.manifest["beside"] = str(run.beside)
+        run.manifest["recipe_folder"] = str(run.recipe_folder)
+    write_safely(run.file(".recipe.yaml"), yaml.safe_dump(run.recipe, sort_keys=False))
+    sealed = {name.lstrip("."): file_digest(run.file(name)) for name in (".recipe.yaml", "constitution.yaml")}
+    run.manifest["wrote"] = sealed
     run.save()
-    write_safely(run.file("recipe.yaml"), yaml.safe_dump(run.recipe, sort_keys=False))
+    os.replace(run.file(".recipe.yaml"), run.file("recipe.yaml"))
+    sync_name(run.file("recipe.yaml"))
 
 
-def _come_back(run: Run) -> None:
+def _come_back(run: Run, accepted: list[str]) -> None:
     "Check that a folder is of the same making."
-    before, run.manifest = read_recipe(run.folder), read_manifest(run.folder)
-    same = _same_constitution(run)
+    run.manifest = read_manifest(run.folder)
+    run.settle()
+    for file in accepted:
+        _accept(run, file)
+    check_left(run)
+    before, same = read_recipe(run.folder), _same_constitution(run)
     if changed := differences(before | ({"constitution": run.recipe["constitution"]} if same else {}), run.recipe):
         raise CaiError(f"{run.file('recipe.yaml')}: this folder was started with another recipe "
                        f"({'; '.join(changed[:4])}); take another --out, or remove it")
@@ -292,9 +321,21 @@ def _come_back(run: Run) -> None:
 
 def _same_constitution(run: Run) -> bool:
     "Whether the constitution is that of the run, wherever its file is now; where it is gone, the folder's copy counts."
-    name, digest = run.recipe["constitution"], run.manifest["constitution"]["digest"]
+    name, made = run.recipe["constitution"], run.manifest["constitution"]
     there = name in available_constitutions() or Path(run.source(name)).expanduser().exists()
     if not there and run.file("constitution.yaml").exists():
         say(f"note: constitution {name} is no longer there; the copy in {run.folder} is used")
-        return run.constitution.digest == digest
-    return run.named_constitution().digest == digest
+        return run.constitution.digest == made["digest"]
+    return run.named_constitution().digest == made.get("source", made["digest"])
+
+
+def _accept(run: Run, file: str) -> None:
+    "Record an edit that is meant."
+    records = accept_edit(run.folder, run.manifest, file)
+    made = run.manifest["constitution"]
+    if any(record["file"] == "constitution.yaml" for record in records):
+        made |= {"source": made.get("source", made["digest"]), "digest": run.constitution.digest}
+    run.save()
+    for record in records:
+        before = f"; read before by {', '.join(record['read_before_by'])}" if record["read_before_by"] else ""
+        say(f"accepted: {record['file']}, {record['was']} → {record['is']}, by {record['by']}{before}")
