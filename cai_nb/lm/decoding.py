@@ -73,7 +73,7 @@ def pass_of(
     model,  # a causal language model
     length: int,  # tokens of a row
 ) -> int:  # rows with the same number may be read in one pass, padded
-    "On which side of the edge a row lies; beyond the length of `dynamic` frequencies every length is a side of its own."
+    "On which side of the edge a row lies; beyond the length of `dynamic` frequencies each length is a side of its own."
     if (edge := rope_edge(model)) is not None:
         return int(length > edge)
     return max((length for rope in _ropes(model, "dynamic") if length > rope.original_max_seq_len), default=0)
@@ -115,7 +115,8 @@ def whole_logits(
         with model_lock(model):
             for rope in _ropes(model, "dynamic"):  # it remembers the longest text, whoever's that was
                 rope.max_seq_len_cached, rope.inv_freq = rope.original_max_seq_len, rope.original_inv_freq
-            out = model(input_ids=torch.tensor([texts[i] for i in rows], device=model.device), use_cache=False, **options)
+            ids = torch.tensor([texts[i] for i in rows], device=model.device)
+            out = model(input_ids=ids, use_cache=False, **options)
         for i, logits in zip(rows, out.logits[:, -keep:]):
             found[i] = logits
     return torch.stack(found)
