@@ -223,11 +223,14 @@ def app_command(
     root_path: Annotated[
         Optional[str], typer.Option(help="The path under which a proxy serves the app, such as /cai.")
     ] = None,
+    allow_host: Annotated[
+        list[str], typer.Option(metavar="NAME", help="Another name of this server, or of a page that may show or call it.")
+    ] = [],
 ) -> None:
     "Chat with base, SL-CAI and RL-CAI side by side in the browser, look inside, vote."
     from cai_nb.app.server import serve
 
-    serve(run, host, port, share, folder=folder, auth=auth, root_path=root_path)
+    serve(run, host, port, share, folder=folder, auth=auth, root_path=root_path, allowed=allow_host)
 
 # %% ../../nbs/cli/00_commands.ipynb #d759d4a2
 @app.command("eval")
