@@ -70,5 +70,5 @@ SETUP := setup.py settings.ini pyproject.toml constraints.txt
 
 .venv/.ready-dev: $(SETUP)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[dev,eval,endpoint]"
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[dev,eval,endpoint,gguf]"
 	touch .venv/.ready $@
