@@ -162,3 +162,16 @@ def test_rows_with_adapters_of_their_own_where_nothing_is_kept():
     alone = [LocalLM(tuned, tokenizer, name).sample([c], temperature=0, max_new_tokens=6)[0][0].text
              for c, name in zip(LENGTHS, ("default", None))]
     assert texts == alone
+
+
+@pytest.mark.long
+def test_the_matrix(root, tmp_path):
+    """All architectures through all stages; `make matrix` writes the table."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("matrix", root / "benchmarks" / "architectures.py")
+    matrix = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(matrix)
+    for number, name in enumerate(matrix.ARCHITECTURES):
+        found = matrix.stages(name, tmp_path / str(number))
+        assert all(found[stage] == "yes" for stage in matrix.STAGES), (name, found)
