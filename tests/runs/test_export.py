@@ -16,6 +16,7 @@ from cai_nb.core.constitution import Constitution
 from cai_nb.core.errors import CaiError
 from cai_nb.runs.export import export_run, merge_adapter, push_model
 from cai_nb.runs.folder import reference_folder
+from cai_nb.runs.gguf import template_texts
 from cai_nb.runs.recipe import load_run
 
 TALK = [{"role": "user", "content": "how do i bake bread for my sister?"}]
@@ -188,6 +189,8 @@ def test_thinking_is_off_in_what_is_taken_away(tmp_path):
         "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
         "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
     )
+    if not template_texts(tokenizer, ("user",))[-1].endswith("<think></think>"):
+        pytest.skip("models are asked with thoughts here")
     merge_adapter(load_run(run_of(tmp_path, tiny_model(tokenizer))), "sl", tmp_path / "out")
     from transformers import AutoTokenizer
 
