@@ -1,7 +1,7 @@
 """What only a GPU can show, in minutes: right, small enough, fast enough. One script for a bare CUDA machine.
 
     make gpu-wheels                                   # once, with a network: the libraries that such a machine lacks
-    make gpu-check                                    # or: python benchmarks/gpu_check.py [--out FILE] [--only PART …]
+    make gpu-check                                    # or: python benchmarks/gpu_check.py [--out FILE] [--only PART]
 
 The machine needs torch, transformers, peft and accelerate, and no network. Models are random ones made on it (of 1.5
 and 8 billion weights, in NF4), and mini, whose replies are known. Each part is a process with a time limit, and each
@@ -15,8 +15,10 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import redirect_stdout
 from pathlib import Path
 
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 ROOT = Path(__file__).resolve().parents[1]
 WHEELS = ROOT / ".gpu-wheels"  # of `make gpu-wheels`; git ignores it
 sys.path[:0] = [str(ROOT), str(WHEELS / "site")]
@@ -86,8 +88,9 @@ def peak_gib() -> float:
 
     import torch
 
-    return (torch.cuda.max_memory_allocated() if on_gpu() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
-            ) / 2**30
+    if on_gpu():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 # The parts: each returns what it measured; "good" says whether that is what must be
@@ -101,7 +104,8 @@ def machine(folder: Path) -> dict:
 
     names = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
     free = torch.cuda.mem_get_info()[0] / 2**30 if on_gpu() else None
-    return {"good": True, "is": hardware().reason, "free_gib": free, "versions": {name: version(name) for name in names}}
+    found = {name: version(name) for name in names}
+    return {"good": True, "is": hardware().reason, "free_gib": free, "versions": found}
 
 
 def greedy(folder: Path) -> dict:
@@ -112,14 +116,14 @@ def greedy(folder: Path) -> dict:
     from cai_nb.runs.folder import reference_folder
 
     torch.backends.cuda.matmul.allow_tf32 = False
-    talks = [row["messages"] for row in asks(64 if on_gpu() else 8)]
+    talks = [row["messages"] for row in asks(64 if on_gpu() else 4)]
     said, judged = {}, {}
     for device in ("cpu", "cuda" if on_gpu() else "cpu"):
         model, tokenizer = load_model("mini", dtype="float32", device=device)
         model = add_adapters(model, {name: reference_folder() / name for name in ("sl", "rl")})
         for name in (None, "sl", "rl"):
             lm = LocalLM(model, tokenizer).with_adapter(name)
-            found = [reply.text for (reply,) in lm.sample(talks, temperature=0, max_new_tokens=48)]
+            found = [reply.text for (reply,) in lm.sample(talks, temperature=0, max_new_tokens=48 if on_gpu() else 12)]
             scores = lm.choice_logprobs(talks, [" (A)", " (B)"])
             before = said.setdefault(name, found), judged.setdefault(name, scores)
             same = sum(a == b for a, b in zip(found, before[0]))
@@ -153,7 +157,7 @@ def chains(folder: Path) -> dict:
     from cai_nb.lm.generate import LocalLM
     from cai_nb.method.critique import critique_revise
 
-    (model, tokenizer), rows, longest = model_of("1.5b", folder), asks(32 if on_gpu() else 4), 48 if on_gpu() else 8
+    (model, tokenizer), rows, longest = model_of("1.5b", folder), asks(32 if on_gpu() else 2), 48 if on_gpu() else 4
     lm, constitution = LocalLM(model, tokenizer, batch_size=len(rows)), Constitution.load("harmlessness")
 
     def ours():
@@ -182,16 +186,16 @@ def labels(folder: Path) -> dict:
     from cai_nb.lm.generate import LocalLM
     from cai_nb.method.feedback import label_preferences
 
-    (model, tokenizer), rows = model_of("1.5b", folder), asks(32 if on_gpu() else 3)
-    pairs = [{"id": f"x{i}", "prompt_id": row["id"], "responses": ["No, because that harms.", "Sure. First begin slowly."]}
-             for i, row in enumerate(rows)]
+    (model, tokenizer), rows = model_of("1.5b", folder), asks(32 if on_gpu() else 1)
+    said = ["No, because that harms.", "Sure. First begin slowly."]
+    pairs = [{"id": f"x{i}", "prompt_id": row["id"], "responses": said, "flags": []} for i, row in enumerate(rows)]
     lm = LocalLM(model, tokenizer, batch_size=16)
     found, seconds = timed(lambda: label_preferences(lm, pairs, Constitution.load("hhh"), rows, n_principles=4))
     votes = sum(len(row["votes"]) for row in found)
     return {"good": votes == 8 * len(pairs), "labels_per_s": votes / seconds, "seconds": seconds}
 
 
-def _trained(folder: Path, shape: str, config: dict, out: Path):
+def _trained(folder: Path, shape: str, out: Path):
     "A base with an SL adapter and a preference model, each of one step."
     from cai_nb.method.preference import PreferenceConfig, train_preference
     from cai_nb.method.sl import SLConfig, train_sl
@@ -219,7 +223,7 @@ def training(folder: Path) -> dict:
     steps = 6 if on_gpu() else 2
     with tempfile.TemporaryDirectory() as made:
         out = Path(made)
-        model, tokenizer = _trained(folder, "1.5b", {}, out)
+        model, tokenizer = _trained(folder, "1.5b", out)
         rows = replies_to(asks(8 * steps))
         sft = SLConfig(epochs=1, batch_size=8, learning_rate=1e-4)
         _, ours = timed(lambda: train_sl(model, tokenizer, rows, sft, out / "ours"))
@@ -233,8 +237,18 @@ def training(folder: Path) -> dict:
         trainer = trl.SFTTrainer(model, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                                  peft_config=lora_config())
         _, theirs = timed(trainer.train)
+        args = trl.GRPOConfig(
+            output_dir=str(out / "plain-rl"), max_steps=steps, per_device_train_batch_size=rl.batch_size,
+            num_generations=rl.group_size, max_completion_length=rl.max_new_tokens, beta=rl.beta,
+            learning_rate=rl.learning_rate, use_cpu=not on_gpu(), bf16=on_gpu(), gradient_checkpointing=on_gpu(),
+            save_strategy="no", report_to="none", disable_tqdm=True)
+        trainer = trl.GRPOTrainer(
+            trainer.model.unload(), lambda completions, **more: [float(i % 4) for i in range(len(completions))], args,
+            Dataset.from_list([{"prompt": row["messages"]} for row in asks(64)]), processing_class=tokenizer,
+            peft_config=lora_config())
+        _, their_rl = timed(trainer.train)
     return {"good": True, "sft_step_s": ours / steps, "trl_sft_step_s": theirs / steps, "grpo_step_s": our_rl / steps,
-            "peak_gib": peak_gib()}
+            "trl_grpo_step_s_without_a_judge": their_rl / steps, "peak_gib": peak_gib()}
 
 
 def rl_memory(folder: Path) -> dict:
@@ -250,7 +264,7 @@ def rl_memory(folder: Path) -> dict:
     size = {"steps": 2, "batch_size": 16, "guard": False} if on_gpu() else {
         "steps": 1, "batch_size": 4, "group_size": 2, "micro_batch_size": 2, "max_new_tokens": 8, "guard": False}
     with tempfile.TemporaryDirectory() as made:
-        model, tokenizer = _trained(folder, "8b", {}, Path(made))
+        model, tokenizer = _trained(folder, "8b", Path(made))
         on_gpu() and torch.cuda.reset_peak_memory_stats()
         prompts = [row | {"kind": kind} for kind in ("harmful", "helpful") for row in asks(32)]
         config = RLConfig(**{**recipe, **size, "snapshot_steps": 0})
@@ -268,17 +282,24 @@ def unpack_wheels() -> None:
 
 
 def run_part(name: str, folder: Path, seconds: float) -> dict:
-    "A part in a process of its own."
-    command = [sys.executable, str(Path(__file__).resolve()), "--part", name, "--models", str(folder)]
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    "A part in a process of its own, so that it can be ended and its memory is its own; on a CPU in this one."
     began = time.perf_counter()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=env)
-        found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {
-            "good": False, "error": (done.stderr.strip().splitlines() or ["no word"])[-1]}
+        with redirect_stdout(sys.stderr):  # trainers print
+            found = _in_a_process(name, folder, seconds) if on_gpu() else globals()[name](folder)
     except subprocess.TimeoutExpired:
         found = {"good": False, "error": f"not done in {seconds:.0f} s"}
+    except Exception as error:  # the other parts are worth their minutes
+        found = {"good": False, "error": f"{type(error).__name__}: {error}"[:300]}
     return {"part": name, **found, "took_s": round(time.perf_counter() - began, 1)}
+
+
+def _in_a_process(name: str, folder: Path, seconds: float) -> dict:
+    command = [sys.executable, str(Path(__file__).resolve()), "--part", name, "--models", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["no word"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:

@@ -186,7 +186,8 @@ def test_thinking_is_off_in_what_is_taken_away(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m['role'] }}|>"
-        "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+        "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}"
+        "{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
         "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
     )
     if not template_texts(tokenizer, ("user",))[-1].endswith("<think></think>"):
