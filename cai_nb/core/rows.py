@@ -16,7 +16,8 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .errors import CaiError
-from .files import sync_name
+from .files import on_disk, parse_json, read_bytes, sync_name
+from .shapes import fitted, shape_of
 
 # %% auto #0
 __all__ = ['row_id', 'RowFile', 'batches', 'progress', 'in_batches']
@@ -42,11 +43,11 @@ def _dump(row: dict) -> str:
         raise CaiError(f"row {name!r} holds NaN or infinity; every number must be finite") from error
 
 
-def _parse(line: bytes) -> dict | None:
+def _parse(line: bytes, where: str = "") -> dict | None:
     "The row on a line, None if there is no such thing."
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = parse_json(line, where)
+    except CaiError:
         return None
     return row if isinstance(row, dict) else None
 
@@ -57,6 +58,7 @@ def _whole_rows(
     key: str,  # the field that identifies a row
 ) -> tuple[list[dict], int]:  # the rows, and how many bytes they take, the last line's end included
     "The rows of a file without a torn tail; any other damage is an error that names its line."
+    shape = shape_of(path)
     lines = data.split(b"\n")
     if not lines[-1]:
         lines.pop()
@@ -71,6 +73,7 @@ def _whole_rows(
         if not isinstance(row.get(key), str) or row[key] in seen:
             raise CaiError(f"{path}:{number}: {key} {row.get(key)!r} is missing or occurs twice; "
                            "remove the line and resume")
+        fitted(row, shape, f"{path}:{number}", "mend the line, or cut the file before it and resume")
         seen.add(row[key])
         rows.append(row)
         size += len(line) + 1
@@ -80,12 +83,13 @@ def _whole_rows(
 def _append(path: Path, data: bytes) -> None:
     "Add bytes to the end of a file in one write, on the disk before this returns."
     new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as f:
-        f.write(data)
-        os.fsync(f.fileno())
-    if new:
-        sync_name(path)
+    with on_disk(path, "its rows so far are kept"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab", buffering=0) as f:
+            f.write(data)
+            os.fsync(f.fileno())
+        if new:
+            sync_name(path)
 
 # %% ../../nbs/core/05_rows.ipynb #b2ece7f0
 class RowFile:
@@ -100,7 +104,7 @@ class RowFile:
         self.rows: list[dict] = []
         self.by_id: dict[str, dict] = {}
         if self.path is not None and self.path.exists():
-            data = self.path.read_bytes()
+            data = read_bytes(self.path)
             rows, size = _whole_rows(data, self.path, key)
             if size < len(data):
                 os.truncate(self.path, size)
