@@ -14,7 +14,7 @@ from pathlib import Path
 from ..core.dialogue import parse_transcript
 from ..core.errors import CaiError
 from ..core.files import read_json
-from ..core.prompts import read_records
+from ..core.records import read_records
 from ..core.rows import row_id
 
 # %% auto #0

@@ -159,7 +159,7 @@ def test_a_missing_source_is_one_line(tmp_path):
             load_prompts(source)
         assert "\n" not in str(error.value)
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
-    with pytest.raises(CaiError, match="cannot read this kind"):
+    with pytest.raises(CaiError, match="cannot be read after row 0"):
         load_prompts(tmp_path / "x.parquet")
 
 
