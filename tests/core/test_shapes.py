@@ -166,7 +166,7 @@ def test_yaml_values_are_as_written():
 @pytest.mark.long
 def test_a_hundred_thousand_rows_are_looked_at_quickly():
     label = LABEL | {"votes": LABEL["votes"] * 8}
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(100_000):
         fitted(label, LabelRow, "")
-    assert (time.perf_counter() - began) / 100_000 < 20e-6
+    assert (time.process_time() - began) / 100_000 < 20e-6
