@@ -18,7 +18,7 @@ from ..core.principle import check_constitution
 
 # %% auto #0
 __all__ = ['app', 'constitution_app', 'options', 'list_constitutions', 'show_constitution', 'check_files', 'import_file',
-           'compare_files', 'run_command', 'app_command', 'eval_command', 'report_command', 'main']
+           'compare_files', 'run_command', 'app_command', 'eval_command', 'report_command', 'export_command', 'main']
 
 # %% ../../nbs/cli/00_commands.ipynb #4f3c0939
 app = typer.Typer(
@@ -197,6 +197,24 @@ def report_command(
     from cai_nb.runs.page import write_page
 
     typer.echo(write_page(run))
+
+# %% ../../nbs/cli/00_commands.ipynb #0ba23549
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    model: Annotated[str, typer.Option(help="sl or rl.")] = "rl",
+    merged: Annotated[Optional[Path], typer.Option(metavar="DIR", help="A new folder: the whole model.")] = None,
+    base: Annotated[
+        Optional[str], typer.Option(help="Full-precision weights of its base, where that is quantised or has moved.")
+    ] = None,
+    dtype: Annotated[Optional[str], typer.Option(help="Of the weights that are written; else as the base's.")] = None,
+    licence: Annotated[Optional[str], typer.Option(help="The base's licence, where it does not say.")] = None,
+) -> None:
+    "Take a trained model away: merged into full-precision weights, with its page, constitution and licence."
+    from cai_nb.runs.export import export_run
+
+    for line in export_run(run, model, merged, base, dtype, licence):
+        typer.echo(line)
 
 # %% ../../nbs/cli/00_commands.ipynb #ece6159c
 def main() -> None:
