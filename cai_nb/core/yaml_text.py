@@ -14,7 +14,7 @@ from .errors import CaiError
 from .files import DEEPEST, read_text
 
 # %% auto #0
-__all__ = ['LARGEST_YAML', 'YamlError', 'compose_yaml', 'yaml_value', 'read_yaml']
+__all__ = ['LARGEST_YAML', 'YamlError', 'compose_yaml', 'yaml_value', 'read_yaml', 'dump_yaml']
 
 # %% ../../nbs/core/02_yaml_text.ipynb #4b7b7d6e
 LARGEST_YAML = 2**20  # bytes of a recipe or a constitution
@@ -132,3 +132,19 @@ _SCALARS = {
     "str": str, "int": int, "null": lambda text: None, "bool": lambda text: _TRUTH[text.lower()],
     "float": lambda text: float(text.lower().replace(".inf", "inf").replace(".nan", "nan")),
 }
+
+# %% ../../nbs/core/02_yaml_text.ipynb #c3273d14
+class _Quoting(yaml.SafeDumper):
+    "Quotes every text that one of the two readers would not take for a text."
+
+
+_Quoting.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"(?:{_PATTERNS['float'][0]})\\Z"),
+                               _PATTERNS["float"][1])
+
+
+def dump_yaml(
+    value,  # dictionaries, lists, texts, numbers, truth values, None
+    **options,  # as `yaml.dump` takes them
+) -> str:
+    "YAML that `yaml_value` reads back to the same value, keys in their order."
+    return yaml.dump(value, Dumper=_Quoting, sort_keys=False, **options)

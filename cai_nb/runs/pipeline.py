@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from ..core.errors import CaiError
-from ..core.files import file_digest, read_json
+from ..core.files import file_digest
+from ..core.shapes import read_checked
 from .eval_stage import evaluate_suites_of
 from .folder import Run, read_manifest, say
 from .overview import further_tables
@@ -58,7 +59,7 @@ def results(
     from cai_nb.measure.rates import as_table, metrics_table
 
     folder = Path(folder)
-    metrics, stages = read_json(folder / "eval/metrics.json"), read_manifest(folder)["stages"]
+    metrics, stages = read_checked(folder / "eval/metrics.json"), read_manifest(folder)["stages"]
     unjudged = f"No judge: replies are in {folder}/eval for you to read."
     parts = [metrics_table(metrics) if "models" in metrics else unjudged]
     parts += [f"{title}\n{as_table(rows)}" for title, rows in further_tables(metrics).items()]

@@ -15,7 +15,8 @@ from cai_nb.core.yaml_text import LARGEST_YAML, yaml_value
 from cai_nb.runs.folder import reference_folder
 
 PROMPT = {"id": "q", "messages": [{"role": "user", "content": "x"}], "kind": "harmful", "split": "train"}
-CHAIN = {"id": "c", "prompt_id": "q", "response": "r", "steps": [{"principle_id": "p", "critique": "c", "revision": "r"}]}
+STEP = {"principle_id": "p", "critique": "c", "revision": "r"}
+CHAIN = {"id": "c", "prompt_id": "q", "response": "r", "steps": [STEP]}
 PAIR = {"id": "p", "prompt_id": "q", "responses": ["a", "b"]}
 LABEL = {"pair_id": "p", "p_a": 0.5, "votes": [{"principle_id": "p", "order": "ab", "p_a": 0.5}]}
 
@@ -95,7 +96,10 @@ def test_a_wrong_file_is_named_with_its_key(tmp_path, name, value, said):
     assert line.startswith(f"{path}: ") and said in line, line
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "[" * 80 + "]" * 80, '{"a":' * 500 + "1" + "}" * 500, "9" * 10_000, "{,}"])
+BOTTOMLESS = ["[" * 100_000, "[" * 80 + "]" * 80, '{"a":' * 500 + "1" + "}" * 500, "9" * 10_000, "{,}"]
+
+
+@pytest.mark.parametrize("text", BOTTOMLESS)
 def test_json_without_a_bottom_is_one_line(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     assert refused(read_json, tmp_path / "a.json").startswith(f"{tmp_path}/a.json")
