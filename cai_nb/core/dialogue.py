@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from weakref import WeakKeyDictionary, ref
 
-from .errors import CaiError
+from .errors import CaiError, notice
 
 # %% auto #0
-__all__ = ['PLAIN_TEMPLATE', 'parse_transcript', 'format_transcript', 'encode_text', 'encode_conversation',
-           'ensure_chat_template', 'stop_token_ids', 'stop_texts']
+__all__ = ['PLAIN_TEMPLATE', 'parse_transcript', 'format_transcript', 'encode_text', 'encode_conversation', 'stop_token_ids',
+           'stop_texts', 'ensure_chat_template']
 
 # %% ../../nbs/core/06_dialogue.ipynb #d4495475
 _NAMES = {"Human": "user", "Assistant": "assistant"}
@@ -53,7 +53,7 @@ def format_transcript(
     return "".join(f"\n\n{names[role]}: {text}" if role in names else f"\n\n{text}" for role, text in texts)
 
 
-def _defuse(text: str, separators: list[str]) -> str:
+def _defuse(text: str, separators: list[str], before: str = "") -> str:
     "Break every occurrence of a textual turn separator in `text`: its blank line closes, or a space goes in."
     for separator in separators:
         mark = separator.lstrip("\n")
@@ -61,6 +61,8 @@ def _defuse(text: str, separators: list[str]) -> str:
         if newlines:
             closed = "\n" * (newlines - 1) or " "
             text = re.sub(r"(?:\r?\n){%d,}(?=%s)" % (newlines, re.escape(mark)), closed, text)
+            if before.endswith("\n" * newlines) and text.startswith(mark):  # the blank line is the template's
+                text = mark[:1] + " " + text[1:]
         else:
             text = text.replace(mark, mark[:1] + " " + mark[1:])
     return text
@@ -79,23 +81,45 @@ def _is_blank(token) -> bool:
 def _twin(
     spec: dict,  # of the tokenizer, as tokenizer.json holds it; it is changed
     control,  # names of its control tokens
-):  # a `tokenizers.Tokenizer`, and whether the first text shall get a space in front
+):  # a `tokenizers.Tokenizer`, and its `_Prefix`
     "The same tokenizer without its control tokens, and without all that it adds to a text of its own accord."
     import tokenizers
 
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in control]
     spec["post_processor"] = spec["truncation"] = spec["padding"] = None
-    prefixed = _never_prefix(spec["pre_tokenizer"])
-    return tokenizers.Tokenizer.from_str(json.dumps(spec)), prefixed
+    prefix = _take_prefix(spec)
+    return tokenizers.Tokenizer.from_str(json.dumps(spec)), prefix
 
 
-def _never_prefix(step: dict | None) -> bool:
-    "Switch off the space that a SentencePiece pre-tokenizer puts before the first piece; True if it was on."
-    steps = [] if step is None else step.get("pretokenizers", [step])
-    metaspace = [s for s in steps if s["type"] == "Metaspace" and s.get("prepend_scheme") == "first"]
-    for s in metaspace:
-        s["prepend_scheme"] = "never"
-    return bool(metaspace)
+@dataclass(frozen=True)
+class _Prefix:
+    "What a tokenizer puts before a text of its own accord, and before which texts."
+    text: str = ""
+    first: bool = False  # before the first one only, not behind every control token
+    doubled: bool = False  # even where the text begins with a blank
+
+    def before(self, text: str, first: bool) -> str:
+        "The text with its prefix, if it gets one."
+        wanted = text and (first or not self.first) and (self.doubled or text[0] not in " \u2581")
+        return self.text + text if wanted else text
+
+
+def _take_prefix(spec: dict) -> _Prefix:
+    "Take out what puts a space before a text: it belongs before turns, not before what goes on in one."
+    steps = lambda step, inner: [] if step is None else step.get(inner, [step])
+    prefix, normalizers = _Prefix(), steps(spec["normalizer"], "normalizers")
+    for step in normalizers:
+        if step["type"] == "Prepend":
+            prefix = _Prefix(step["prepend"], doubled=True)
+    if prefix.text:
+        spec["normalizer"] = {"type": "Sequence", "normalizers": [s for s in normalizers if s["type"] != "Prepend"]}
+    for step in steps(spec["pre_tokenizer"], "pretokenizers"):
+        if step["type"] == "Metaspace" and step.get("prepend_scheme", "never") != "never":
+            prefix = _Prefix(" ", first=step["prepend_scheme"] == "first")
+            step["prepend_scheme"] = "never"
+        if step["type"] == "ByteLevel" and step.get("add_prefix_space"):
+            prefix, step["add_prefix_space"] = _Prefix(" "), False
+    return prefix
 
 # %% ../../nbs/core/06_dialogue.ipynb #0993e70c
 def _plain_ids(
@@ -165,24 +189,40 @@ def _pieces(tokenizer, messages: list[dict], add_generation_prompt: bool) -> lis
     return pieces
 
 # %% ../../nbs/core/06_dialogue.ipynb #a2b4a1e8
+_WORD = re.compile(r"<</?[A-Z]+>>|<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]|#{2,6} ?[A-Z][^\n:#]{1,30}:")
+_THOUGHT = re.compile(r"think|reason|thought", re.IGNORECASE)
+
+
 def _turn_ends(
     tokenizer,
     split,  # a template's text → cut at its control tokens, these at odd places
-) -> tuple[list[str], list[str]]:  # control tokens after an assistant's message; texts that part turns
+) -> tuple[list[str], list[str]]:  # control tokens after an assistant's message; words that mark turns
     "How turns end in the tokenizer's chat template."
-    user, assistant = {"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}
-    ends, separators = [], []
-    for probe in ([user, assistant], [user, assistant, user]):
+    system, user, assistant = ({"role": r, "content": ""} for r in ("system", "user", "assistant"))
+    ends, words, whole = [], [], {tokenizer.eos_token, tokenizer.bos_token}
+    for probe in ([user, assistant], [user, assistant, user], [system, user, assistant]):
         try:
             pieces = _pieces(tokenizer, probe, add_generation_prompt=len(probe) == 3)
-        except CaiError:
+        except CaiError:  # no system role, or no conversation that the assistant ends
             continue
         slots = [i for i, piece in enumerate(pieces) if isinstance(piece, _Slot)]
-        after_reply = "".join(p for p in pieces[slots[1] + 1:] if isinstance(p, str))
-        ends += split(after_reply)[1:2]
-        between = [p for p in pieces[slots[0] + 1:] if isinstance(p, str)]
-        separators += [p.strip(" ") for p in between if len(split(p)) == 1 and p.strip()]
-    return list(dict.fromkeys(ends)), list(dict.fromkeys(separators))
+        last = next(i for i in slots if probe[pieces[i].index] is assistant)
+        ends += split("".join(p for p in pieces[last + 1:] if isinstance(p, str)))[1:2]
+        for place, piece in enumerate(pieces):
+            if isinstance(piece, str):
+                words += _words_in(split(piece), whole | set(ends), opening=place < slots[0])
+    return list(dict.fromkeys(ends)), list(dict.fromkeys(words))
+
+
+def _words_in(parts: list[str], ends: set, opening: bool) -> list[str]:
+    "The words in a piece of a template, cut at its control tokens, that mark a turn."
+    words = []
+    for i in range(0, len(parts), 2):
+        marks = _WORD.findall(parts[i])
+        alone = not opening and parts[i].strip() and (i == 0 or parts[i - 1] in ends) and i == len(parts) - 1
+        words += marks or ([parts[i].strip(" ").rstrip()] if alone else [])
+    return words
+
 
 # %% ../../nbs/core/06_dialogue.ipynb #82477e28
 class _Codec:
@@ -195,7 +235,7 @@ class _Codec:
         self.key, self._tokenizer = self.key_of(tokenizer), ref(tokenizer)  # the codec must not keep it alive
         self.control, spec = _control_of(tokenizer), json.loads(tokenizer.backend_tokenizer.to_str())
         self.ids = {id for id, _ in self.control.values()} - {_unknown_id(tokenizer, spec["model"])}
-        self.plain, self.prefixed = _twin(spec, self.control)
+        self.plain, self.prefix = _twin(spec, self.control)
         names = sorted(self.control, key=len, reverse=True)
         self.pattern = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
         self.encode = lru_cache(1 << 13)(self._encode)  # few-shot examples and principles come again and again
@@ -218,11 +258,11 @@ class _Codec:
 
     @cached_property
     def turns(self) -> tuple[list[int], list[str]]:
-        "Tokens that end an assistant's turn; texts that separate turns without any control token."
+        "Tokens that end an assistant's turn; words that mark a turn or a thought."
         eos = self._tokenizer().eos_token_id
-        ends, separators = _turn_ends(self._tokenizer(), self.split)
+        ends, words = _turn_ends(self._tokenizer(), self.split)
         stops = ([] if eos is None else [eos]) + [self.control[name][0] for name in ends]
-        return list(dict.fromkeys(stops)), separators
+        return list(dict.fromkeys(stops)), words
 
 
 _codecs = WeakKeyDictionary()  # tokenizer → its codec
@@ -267,18 +307,16 @@ class _Writer:
 
     def flush(self) -> list[int]:
         "Encode what waits; all tokens so far."
-        if self.codec.prefixed and not self.ids and self.text and self.text[0] != " ":
-            self.text = " " + self.text
-        self.ids += self.codec.encode(self.text)
+        self.ids += self.codec.encode(self.codec.prefix.before(self.text, not self.ids))
         self.text = ""
         return self.ids
 
 
-def _fill(slot: _Slot, content: str, separators: list[str]) -> str:
-    "Content as it stands in the template: trimmed where the template trims, its forged separators broken."
-    content = _defuse(content, separators)
+def _fill(slot: _Slot, content: str, words: list[str], before: str) -> str:
+    "Content as it stands in the template: trimmed where the template trims, its forged marks broken."
     content = content.lstrip() if slot.left else content
-    return content.rstrip() if slot.right else content
+    content = content.rstrip() if slot.right else content
+    return _defuse(content, words, before)
 
 # %% ../../nbs/core/06_dialogue.ipynb #57892eca
 def _check_conversation(messages: list[dict], continue_final: bool) -> None:
@@ -306,9 +344,9 @@ def encode_conversation(
         last = max(i for i, p in enumerate(pieces) if isinstance(p, _Slot) and p.index == len(messages) - 1)
         pieces = pieces[:last + 1]
     writer = _Writer(codec)
-    for piece in pieces:
+    for before, piece in zip(["", *pieces], pieces):
         if isinstance(piece, _Slot):
-            writer.add_text(_fill(piece, messages[piece.index]["content"], codec.turns[1]))
+            writer.add_text(_fill(piece, messages[piece.index]["content"], codec.turns[1], before))
             continue
         for place, part in enumerate(codec.split(piece)):
             if place % 2:
@@ -316,6 +354,20 @@ def encode_conversation(
             else:
                 writer.add_text(part)
     return writer.flush()
+
+# %% ../../nbs/core/06_dialogue.ipynb #276fe1b1
+def stop_token_ids(
+    tokenizer,  # a fast tokenizer with a chat template
+) -> list[int]:  # ids, at least one if the tokenizer has an end-of-sequence token
+    "The tokens that end an assistant's turn: end of sequence, and what the template puts after the message."
+    return list(_codec(tokenizer).turns[0])
+
+
+def stop_texts(
+    tokenizer,  # a fast tokenizer with a chat template
+) -> list[str]:  # often empty
+    "The words that mark turns where a template uses words and no control tokens; there, too, a reply has ended."
+    return [word for word in _codec(tokenizer).turns[1] if not _THOUGHT.search(word)]
 
 # %% ../../nbs/core/06_dialogue.ipynb #f8820ca7
 PLAIN_TEMPLATE = (
@@ -333,21 +385,15 @@ PLAIN_TEMPLATE = (
 def ensure_chat_template(
     tokenizer,  # a fast tokenizer
 ):  # the same tokenizer
-    "Give a tokenizer without a chat template the paper's plain Human/Assistant form; a template that is there stays."
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+    "Give a tokenizer without a chat template the paper's plain Human/Assistant form; of several the default one stays."
+    found, name = tokenizer.chat_template or PLAIN_TEMPLATE, tokenizer.name_or_path
+    if not isinstance(found, str):
+        known = dict(found)
+        if "default" not in known and len(known) > 1:
+            raise CaiError(f"the tokenizer of {name!r} has the chat templates {', '.join(known)}, expected one named "
+                           "default; save it with the one to be used as its only chat_template")
+        chosen = "default" if "default" in known else next(iter(known))
+        notice(f"{name}: of its chat templates ({', '.join(known)}) the one named {chosen} is used")
+        found = known[chosen]
+    tokenizer.chat_template = found
     return tokenizer
-
-# %% ../../nbs/core/06_dialogue.ipynb #276fe1b1
-def stop_token_ids(
-    tokenizer,  # a fast tokenizer with a chat template
-) -> list[int]:  # ids, at least one if the tokenizer has an end-of-sequence token
-    "The tokens that end an assistant's turn: end of sequence, and what the template puts after the message."
-    return list(_codec(tokenizer).turns[0])
-
-
-def stop_texts(
-    tokenizer,  # a fast tokenizer with a chat template
-) -> list[str]:  # often empty
-    "The texts that part turns where a template uses words and no control tokens; there, too, a reply has ended."
-    return list(_codec(tokenizer).turns[1])

@@ -8,7 +8,7 @@ __all__ = ['Reply', 'LM', 'flag_reply', 'prompt_tokens', 'cut_prompt', 'seeds_fo
 # %% ../../nbs/lm/06_generate.ipynb #a00ceb39
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -20,7 +20,7 @@ from ..core.errors import CaiError
 from ..core.dialogue import encode_conversation, encode_text, stop_token_ids
 from ..core.rows import row_id
 from .cache import Tally, has_slots
-from .decoding import Decoding, plain_scores, row_uniforms, text_stop
+from .decoding import Decoding, Nucleus, plain_scores, row_uniforms, text_stop
 from cai_nb.lm.model import (
     adapter_fingerprint, adapter_names, evaluating, model_fingerprint, model_lock, using_adapter,
 )
@@ -113,11 +113,16 @@ class LocalLM:
     adapter: str | None = None  # the adapter that answers; None for the base alone
     batch_size: int = 64  # rows in a forward pass, at most
     memory: Session | None = None  # what this view has read; see `session`
+    nucleus: Nucleus | None = None  # which tokens may be drawn; None: all, as in the paper
     tally: Tally = field(default_factory=Tally)  # what was read by this view, and by those made from it
 
     def with_adapter(self, name: str | None) -> "LocalLM":
         "The same model in memory, answering with another adapter."
         return replace(self, adapter=name, memory=None)
+
+    def with_nucleus(self, nucleus: Nucleus | None) -> "LocalLM":
+        "The same model, drawing among these tokens only."
+        return replace(self, nucleus=nucleus, memory=None)
 
     @contextmanager
     def session(self) -> "Iterator[LocalLM]":
@@ -164,9 +169,11 @@ def _growing(
     uniforms = [row_uniforms(s, p, j, max_new_tokens) for s, p in zip(seeds, prompts) for j in range(n)]
     uniforms = np.reshape(uniforms, (-1, max_new_tokens))
     if has_slots(self.model):
-        return Growing(memory, prompts, uniforms, stop_token_ids(t), temperature, n, adapters, text_stop(t), follow)
+        return Growing(memory, prompts, uniforms, stop_token_ids(t), temperature, n, adapters, text_stop(t), follow,
+                       self.nucleus)
     pad = next((id for id in (t.pad_token_id, t.eos_token_id) if id is not None), 0)
-    return Decoding(self.model, prompts, uniforms, stop_token_ids(t), pad, temperature, n, adapters, text_stop(t))
+    return Decoding(self.model, prompts, uniforms, stop_token_ids(t), pad, temperature, n, adapters, text_stop(t),
+                    self.nucleus)
 
 
 @patch
@@ -325,6 +332,8 @@ def _adapters(self: LocalLM, adapters, count: int) -> list[str] | None:
 # %% ../../nbs/lm/06_generate.ipynb #bb677e36
 @patch(as_prop=True)
 def digest(self: LocalLM) -> str:  # 12 hexadecimal characters
-    "Who answers: a digest of base weights, adapter and chat template."
+    "Who answers: a digest of base weights, adapter and chat template, and of the nucleus if there is one."
     adapter = None if self.adapter is None else adapter_fingerprint(self.model, self.adapter)
-    return row_id("local", model_fingerprint(self.model), adapter, getattr(self.tokenizer, "chat_template", None))
+    drawn = [] if self.nucleus is None else [asdict(self.nucleus)]
+    template = getattr(self.tokenizer, "chat_template", None)
+    return row_id("local", model_fingerprint(self.model), adapter, template, *drawn)

@@ -23,8 +23,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from ..core.errors import CaiError
-from ..core.dialogue import encode_conversation, ensure_chat_template
+from ..core.errors import CaiError, notice
+from ..core.dialogue import encode_conversation, ensure_chat_template, stop_texts
 
 # Two messages of libraries to each other, about which a user can do nothing
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels-community" not in str(record.msg))
@@ -57,15 +57,11 @@ def check_template(
     tokenizer,  # a tokenizer with a chat template
     folder: str | Path | None = None,  # of an adapter: is it the template that this was trained with?
 ):  # the same tokenizer
-    "Raise if the chat template belongs to another tokenizer, or is not the one that an adapter was trained with."
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False, add_generation_prompt=True)
-    strange = [m for m in _CONTROL.findall(text) if m not in tokenizer.get_added_vocab()]
-    if strange:
-        raise CaiError(
-            f"the chat template of {tokenizer.name_or_path!r} writes {strange[0]}, "
-            "which its tokenizer knows only as text: "
-            "it is the template of another model; use the model's own, or remove it for the plain Human/Assistant form"
-        )
+    "Raise if this is not the chat template that an adapter was trained with; say it if it marks turns by odd words."
+    words = [word for word in stop_texts(tokenizer) if _CONTROL.fullmatch(word)]
+    if words and not folder:
+        notice(f"{tokenizer.name_or_path}: its chat template marks turns by {', '.join(words)}, which its tokenizer "
+               "knows only as text; they are used as words. If the model was not made so, it is another's template")
     trained = Path(folder) / "chat_template.jinja" if folder else None
     if trained and trained.is_file() and trained.read_text(encoding="utf-8").strip() != tokenizer.chat_template.strip():
         raise CaiError(

@@ -7,6 +7,7 @@ import torch
 from peft import get_peft_model
 from tiny import asked, tiny_model
 
+from cai_nb.core.dialogue import stop_texts
 from cai_nb.core.errors import CaiError
 from cai_nb.lm.generate import LocalLM
 from cai_nb.lm.model import (
@@ -226,16 +227,17 @@ def test_adapter_config_names_the_base_as_the_user_did(tmp_path, saved):
     )
 
 
-def test_a_template_of_another_model_is_refused(tmp_path):
-    """ChatML on a tokenizer that cuts its control tokens into pieces: the model would answer all the same."""
+def test_marks_that_are_words_are_used_and_said(tmp_path, capsys):
+    """ChatML on a tokenizer that cuts its marks into pieces: so OLMo 2 and Tülu were made. It works, and is said."""
     model, tokenizer = load_model("mini")
     model.save_pretrained(tmp_path)
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['role'] + '\n' + m['content'] }}<|im_end|>{% endfor %}"
     )
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(CaiError, match=r"writes <\|im_start\|>, which its tokenizer knows only as text"):
-        load_model(str(tmp_path))
+    loaded = load_model(str(tmp_path))[1]
+    assert stop_texts(loaded) == ["<|im_start|>", "<|im_end|>"]
+    assert "marks turns by <|im_start|>, <|im_end|>" in capsys.readouterr().err
 
 
 def test_an_adapter_trained_with_another_template_is_refused(tmp_path):

@@ -132,7 +132,7 @@ def test_files_that_are_no_suites_are_errors(tmp_path):
     (tmp_path / "table.csv").write_text("a,b\n")
     for name, said in [("x.jsonl.gz", "x.jsonl.gz: cannot be read"), ("y.jsonl.gz", "y.jsonl.gz: cannot be read"),
                        ("z.jsonl", "z.jsonl:1: not a JSON object"), ("list.jsonl", "list.jsonl:1: not a JSON object"),
-                       ("empty.jsonl", "has no row"), ("latin.jsonl", "latin.jsonl: byte .*UTF-8"),
+                       ("empty.jsonl", "has no row"), ("latin.jsonl", "latin.jsonl:1: byte .*UTF-8"),
                        ("table.csv", "expected a .jsonl file"), ("missing.jsonl", "no such file")]:
         with pytest.raises(CaiError, match=said):
             read_questions("hhh", tmp_path / name)
