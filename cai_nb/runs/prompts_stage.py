@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 
 from ..core.errors import CaiError
-from ..core.rows import RowFile
+from ..core.files import write_safely
+from ..core.rows import row_lines
 from ..core.settings import setting
 from .folder import Run, say
 from .roles import lm_of
@@ -148,14 +149,25 @@ def _prompts(run: Run) -> dict:
     "prompts.jsonl: training prompts of both kinds, and evaluation prompts."
     rows, counts = _gather(run)
     check_no_overlap(rows)
-    store = RowFile(run.file("prompts.jsonl"))
-    store.append([row for row in rows if row["id"] not in store])
     for kind in _KINDS:
         for split in ("train", "eval"):
-            counts[f"{kind}_{split}"] = sum(row["kind"] == kind and row["split"] == split for row in store.rows)
+            counts[f"{kind}_{split}"] = sum(row["kind"] == kind and row["split"] == split for row in rows)
     if not counts["harmful_train"]:
         raise CaiError(f"{run.recipe['prompts']['path']}: no red-team prompt is left for training; give more rows")
+    _keep(run, rows)
     return counts
+
+
+def _keep(run: Run, rows: list[dict]) -> None:
+    "Write all prompts at once; those of an earlier reading that was not finished are not mixed in."
+    path, text = run.file("prompts.jsonl"), row_lines(rows)
+    before = path.read_bytes() if path.exists() else b""
+    if before not in (b"", text.encode()):
+        if run.file("chains.jsonl").exists():
+            raise CaiError(f"{path}: not the prompts that the recipe's sources give now, and chains.jsonl was made of "
+                           "it; put the sources back, or take another --out")
+        say("      prompts.jsonl was left unfinished, of other rows: it is written anew")
+    write_safely(path, text)
 
 
 PROMPTS = Stage(

@@ -5,6 +5,7 @@
 # %% ../../nbs/runs/07_recipe.ipynb #7375e325
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass
 from functools import cache
@@ -12,11 +13,12 @@ from pathlib import Path
 
 from ..core.constitution import Constitution
 from ..core.errors import CaiError
-from ..core.files import package_folder, write_safely
+from ..core.files import file_digest, package_folder, sync_name, write_safely
+from ..core.seals import accept_edit, check_seals
 from ..core.settings import checked, describe, setting, suggestion
 from ..core.yaml_text import YamlError, dump_yaml, read_yaml, yaml_value
 from .eval_stage import EVAL
-from .folder import Run, code_digest, read_manifest, versions
+from .folder import Run, code_digest, read_manifest, say, versions
 from .prompts_stage import PROMPTS
 from .rl_stages import LABELS, PAIRS, PREFERENCE, RL
 from .roles import JUDGES
@@ -24,9 +26,9 @@ from .sl_stages import CHAINS, SL
 from .stage import Stage
 
 # %% auto #0
-__all__ = ['STAGES', 'stage_named', 'GeneralSettings', 'ServerSettings', 'sections', 'all_defaults', 'merge', 'available_recipes',
-           'load_recipe', 'parse_set', 'check_together', 'differences', 'filled', 'written_recipe', 'read_recipe',
-           'load_run', 'open_run']
+__all__ = ['STAGES', 'COPIES', 'stage_named', 'GeneralSettings', 'ServerSettings', 'sections', 'all_defaults', 'merge',
+           'available_recipes', 'load_recipe', 'parse_set', 'check_together', 'differences', 'filled', 'written_recipe',
+           'read_recipe', 'load_run', 'open_run', 'check_left']
 
 # %% ../../nbs/runs/07_recipe.ipynb #ed520d3d
 STAGES: tuple[Stage, ...] = (PROMPTS, CHAINS, SL, PAIRS, LABELS, PREFERENCE, RL, EVAL)
@@ -235,16 +237,35 @@ def open_run(
     recipe: str | Path,  # a recipe's name, or a YAML file
     out: Path | None = None,  # the folder; None: `runs/<name of the recipe>`
     sets: list[str] = (),  # changes such as "prompts.limit=64"
+    accepted: list[str] = (),  # files of the folder whose edits are meant
 ) -> Run:
-    "Start a run folder, or come back to one with the same recipe."
+    "Start a run folder, or come back to one with the same recipe; what is done must be as it was left."
     recipe = load_recipe(recipe, sets)
     run = Run(Path(out or Path("runs") / recipe["name"]), recipe)
     run.folder.mkdir(parents=True, exist_ok=True)
     if run.file("recipe.yaml").exists():
-        _come_back(run)
+        _come_back(run, accepted)
+    elif accepted:
+        raise CaiError(f"--accept {accepted[0]}: {run.folder} is no run folder yet, so nothing is to accept")
     else:
+        if run.file("manifest.json").exists() and read_manifest(run.folder).get("stages"):
+            raise CaiError(f"{run.file('recipe.yaml')}: missing, and {run.folder} has stages that were begun; "
+                           "put it back, or take another --out")
         _begin(run)
     return run
+
+
+COPIES = ("recipe.yaml", "constitution.yaml")  # with which a run begins, and which every stage reads
+
+
+def check_left(
+    run: Run,
+) -> None:
+    "Raise if anything that a stage reads is not as it was left, and name it."
+    check_seals(run.folder, run.manifest, {*COPIES, *(name for stage in STAGES for name in stage.reads)})
+    if run.file("constitution.yaml").exists() and run.constitution.digest != run.manifest["constitution"]["digest"]:
+        raise CaiError(f"{run.file('constitution.yaml')}: its principles are not those with which this run began; "
+                       "put it back, or take another --out")
 
 
 def _begin(run: Run) -> None:
@@ -253,16 +274,37 @@ def _begin(run: Run) -> None:
     run.manifest = {
         "cai_nb": code_digest(), "versions": versions(), "machine": platform.platform(), "seed": run.recipe["seed"],
         "constitution": {"name": run.constitution.name, "digest": run.constitution.digest}, "stages": {}}
+    write_safely(run.file(".recipe.yaml"), dump_yaml(run.recipe))
+    sealed = {name.lstrip("."): file_digest(run.file(name)) for name in (".recipe.yaml", "constitution.yaml")}
+    run.manifest["wrote"] = sealed
     run.save()
-    write_safely(run.file("recipe.yaml"), dump_yaml(run.recipe))
+    os.replace(run.file(".recipe.yaml"), run.file("recipe.yaml"))
+    sync_name(run.file("recipe.yaml"))
 
 
-def _come_back(run: Run) -> None:
+def _come_back(run: Run, accepted: list[str]) -> None:
     "Check that a folder is of the same making."
+    run.manifest = read_manifest(run.folder)
+    run.settle()
+    for file in accepted:
+        _accept(run, file)
+    check_left(run)
     if changed := differences(read_recipe(run.folder), run.recipe):
         raise CaiError(f"{run.file('recipe.yaml')}: this folder was started with another recipe "
                        f"({'; '.join(changed[:4])}); take another --out, or remove it")
-    run.manifest = read_manifest(run.folder)
-    if run.manifest["constitution"]["digest"] != Constitution.load(run.recipe["constitution"]).digest:
+    began = run.manifest["constitution"].get("source", run.manifest["constitution"]["digest"])
+    if began != Constitution.load(run.recipe["constitution"]).digest:
         raise CaiError(f"{run.folder}: constitution {run.recipe['constitution']} has changed since this run began; "
                        "take another --out, or remove it")
+
+
+def _accept(run: Run, file: str) -> None:
+    "Record an edit that is meant."
+    records = accept_edit(run.folder, run.manifest, file)
+    made = run.manifest["constitution"]
+    if any(record["file"] == "constitution.yaml" for record in records):
+        made |= {"source": made.get("source", made["digest"]), "digest": run.constitution.digest}
+    run.save()
+    for record in records:
+        before = f"; read before by {', '.join(record['read_before_by'])}" if record["read_before_by"] else ""
+        say(f"accepted: {record['file']}, {record['was']} → {record['is']}, by {record['by']}{before}")
