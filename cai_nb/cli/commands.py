@@ -225,7 +225,7 @@ def app_command(
         Optional[str], typer.Option(help="The path under which a proxy serves the app, such as /cai.")
     ] = None,
     allow_host: Annotated[
-        list[str], typer.Option(metavar="NAME", help="Another name of this server, or of a page that may show or call it.")
+        list[str], typer.Option(metavar="NAME", help="Another name of this server, or of a page that may call it.")
     ] = [],
 ) -> None:
     "Chat with base, SL-CAI and RL-CAI side by side in the browser, look inside, vote."

@@ -160,6 +160,7 @@ class ManifestFile(TypedDict):
     data: NotRequired[dict[str, str]]
     wrote: NotRequired[dict[str, str]]  # with which the run began
     pending: NotRequired[StageEntry]  # an evaluation that is finished and not yet in its place
+    recipe_folder: NotRequired[str]  # beside whose recipe the data stands
     accepted: NotRequired[list[dict]]  # edits that were meant
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
-from ..core.constitution import Constitution
+from ..core.constitution import Constitution, available_constitutions
 from ..core.files import sync_name, write_safely
 from ..core.rows import RowFile
 from ..core.shapes import read_checked
@@ -64,6 +64,10 @@ class Run:
     recipe: dict  # with every default filled in
     manifest: dict = field(default_factory=dict)
     beside: dict[str, str] = field(default_factory=dict)  # folder → where it is made anew, until it is whole
+    recipe_folder: Path | None = None  # where the recipe's own file stands
+
+    def __post_init__(self):
+        self.folder = Path(self.folder).expanduser()
 
     def save(self) -> None:
         "Write the manifest, whole or not at all."
@@ -112,11 +116,22 @@ class Run:
         "Whether a stage is finished."
         return self.entry(stage).get("status") == "done"
 
+    def source(self, written: str) -> str:
+        "A file that the recipe names: beside the recipe's own file if it stands there, else as written."
+        folder = self.recipe_folder or self.manifest.get("recipe_folder")
+        found = Path(folder).expanduser() / Path(written).expanduser() if folder else Path(written)
+        return str(found) if found.exists() else written
+
     @cached_property
     def constitution(self) -> Constitution:
         "The folder's own copy, so that the folder can be moved or mailed; the recipe's before there is one."
         own = self.file("constitution.yaml")
-        return Constitution.load(own if own.exists() else self.recipe["constitution"])
+        return Constitution.load(own) if own.exists() else self.named_constitution()
+
+    def named_constitution(self) -> Constitution:
+        "The constitution that the recipe names, whatever the folder holds."
+        name = self.recipe["constitution"]
+        return Constitution.load(name if name in available_constitutions() else self.source(name))
 
 # %% ../../nbs/runs/00_folder.ipynb #94e26ef4
 def read_manifest(
