@@ -20,6 +20,7 @@ import typer
 
 from .. import __version__
 from ..core.errors import CaiError
+from ..core.files import disk_error
 from ..core.constitution import Constitution, available_constitutions
 from ..core.principle import check_constitution
 
@@ -224,7 +225,7 @@ def app_command(
         Optional[str], typer.Option(help="The path under which a proxy serves the app, such as /cai.")
     ] = None,
     allow_host: Annotated[
-        list[str], typer.Option(metavar="NAME", help="Another name of this server, or of a page that may show or call it.")
+        list[str], typer.Option(metavar="NAME", help="Another name of this server, or of a page that may call it.")
     ] = [],
 ) -> None:
     "Chat with base, SL-CAI and RL-CAI side by side in the browser, look inside, vote."
@@ -351,9 +352,10 @@ def main() -> None:
     except CaiError as error:
         _fail(str(error))
     except OSError as error:
-        if error.filename is None:
+        told = disk_error(error)
+        if told is None:
             raise
-        _fail(f"{error.filename}: {(error.strerror or 'cannot be opened').lower()}; check the path and its permissions")
+        _fail(str(told))
 
 
 def _fail(message: str) -> None:
