@@ -164,7 +164,7 @@ class PreferenceModel:
         "Put a saved preference model on a base that is in memory."
         from safetensors.torch import load_file
 
-        adapted = add_adapters(model, {name: folder})
+        adapted = add_adapters(model, {name: folder}, "SEQ_CLS")
         heads = [
             t for n, t in load_file(Path(folder) / "adapter_model.safetensors").items() if n.endswith("score.weight")
         ]
