@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary, ref
 from .errors import CaiError, notice
 
 # %% auto #0
-__all__ = ['PLAIN_TEMPLATE', 'parse_transcript', 'format_transcript', 'encode_text', 'encode_conversation', 'stop_token_ids',
-           'stop_texts', 'ensure_chat_template']
+__all__ = ['PLAIN_TEMPLATE', 'parse_transcript', 'format_transcript', 'encode_text', 'encode_conversation', 'assistant_header',
+           'stop_token_ids', 'stop_texts', 'ensure_chat_template']
 
 # %% ../../nbs/core/06_dialogue.ipynb #d4495475
 _NAMES = {"Human": "user", "Assistant": "assistant"}
@@ -173,11 +173,17 @@ def _slotted(text: str) -> list:
     return [*pieces, text[end:]]
 
 
-def _pieces(tokenizer, messages: list[dict], add_generation_prompt: bool) -> list:
+_SWITCHES = ("enable_thinking", "thinking")  # what templates call it: Qwen3, GLM, Gemma 4; DeepSeek V3.1, Granite
+
+
+def _pieces(tokenizer, messages: list[dict], add_generation_prompt: bool, thinking: bool = False) -> list:
     "The template's own text, with a slot where each message's content goes."
     hollow = [{"role": m["role"], "content": f"\x0b\ue000{i}\ue001\x0b"} for i, m in enumerate(messages)]
+    switch = {name: thinking for name in _SWITCHES if re.search(rf"\b{name}\b", tokenizer.chat_template or "")}
     try:
-        text = tokenizer.apply_chat_template(hollow, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.apply_chat_template(
+            hollow, tokenize=False, add_generation_prompt=add_generation_prompt, **switch
+        )
     except Exception as error:  # a template raises whatever it likes
         roles = ", ".join(m["role"] for m in messages)
         raise CaiError(f"the chat template of {tokenizer.name_or_path!r} refuses {roles}: {error}") from error
@@ -188,11 +194,25 @@ def _pieces(tokenizer, messages: list[dict], add_generation_prompt: bool) -> lis
                        f"({messages[min(lost)]['role']}); use a model whose template keeps it")
     return pieces
 
+# %% ../../nbs/core/06_dialogue.ipynb #a9e4ce2d
+def _unthinking(tokenizer, messages: list[dict], asked: list) -> list:
+    "`asked`, a conversation with the assistant's header, but that header as it stands before a finished answer."
+    try:
+        finished = _pieces(tokenizer, [*messages, {"role": "assistant"}], add_generation_prompt=False)
+    except CaiError:  # an assistant's turn cannot follow here
+        return asked
+    last = max(i for i, piece in enumerate(finished) if isinstance(piece, _Slot) and piece.index == len(messages))
+    before, header, own = finished[:last - 1], finished[last - 1].rstrip(" "), asked[-1]
+    if before != asked[:-1] or not (header.startswith(own.rstrip()) or own.startswith(header.rstrip())):
+        return asked
+    more, less = header[len(own.rstrip()):], own[len(header.rstrip()):]
+    return [*before, header] if more.strip() or _THOUGHT.search(less) else asked
+
+
+_THOUGHT = re.compile(r"think|thought|reason", re.IGNORECASE)
+
 # %% ../../nbs/core/06_dialogue.ipynb #a2b4a1e8
 _WORD = re.compile(r"<</?[A-Z]+>>|<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]|#{2,6} ?[A-Z][^\n:#]{1,30}:")
-_THOUGHT = re.compile(r"think|reason|thought", re.IGNORECASE)
-
-
 def _turn_ends(
     tokenizer,
     split,  # a template's text → cut at its control tokens, these at odd places
@@ -249,8 +269,10 @@ class _Codec:
         "Tokens of `text`, none of them control; not to be changed by who gets them."
         return _plain_ids(self.plain, text, self.ids, self._tokenizer().name_or_path)
 
-    def _render(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list:
-        return _pieces(self._tokenizer(), [{"role": role} for role in roles], add_generation_prompt)
+    def _render(self, roles: tuple[str, ...], add_generation_prompt: bool, thinking: bool = False) -> list:
+        tokenizer, messages = self._tokenizer(), [{"role": role} for role in roles]
+        pieces = _pieces(tokenizer, messages, add_generation_prompt, thinking)
+        return pieces if thinking or not add_generation_prompt else _unthinking(tokenizer, messages, pieces)
 
     def split(self, text: str) -> list[str]:
         "Text of a template, cut at its control tokens: even places are text, odd ones control."
@@ -333,13 +355,14 @@ def encode_conversation(
     messages: list[dict],  # the conversation
     add_generation_prompt: bool = True,  # end with the assistant's header
     continue_final: bool = False,  # leave the last message, an assistant's, open so that the model continues it
+    thinking: bool = False,  # let a model that can think do so before it answers
 ) -> list[int]:  # token ids
     "A conversation in the tokenizer's chat template; control tokens come from the template only, never from content."
     codec = _codec(tokenizer)
     _check_conversation(messages, continue_final)
     if continue_final and not messages[-1]["content"].strip():  # nothing to continue: that is the header alone
         messages, continue_final, add_generation_prompt = messages[:-1], False, True
-    pieces = codec.pieces(tuple(m["role"] for m in messages), add_generation_prompt and not continue_final)
+    pieces = codec.pieces(tuple(m["role"] for m in messages), add_generation_prompt and not continue_final, thinking)
     if continue_final:
         last = max(i for i, p in enumerate(pieces) if isinstance(p, _Slot) and p.index == len(messages) - 1)
         pieces = pieces[:last + 1]
@@ -354,6 +377,14 @@ def encode_conversation(
             else:
                 writer.add_text(part)
     return writer.flush()
+
+# %% ../../nbs/core/06_dialogue.ipynb #27a6a2e3
+def assistant_header(
+    tokenizer,  # a fast tokenizer with a chat template
+    thinking: bool = False,  # as for `encode_conversation`
+) -> str:
+    "What the template puts behind a user's message, up to where the assistant speaks."
+    return _codec(tokenizer).pieces(("user",), True, thinking)[-1]
 
 # %% ../../nbs/core/06_dialogue.ipynb #276fe1b1
 def stop_token_ids(
