@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary, ref
 from .errors import CaiError, notice
 
 # %% auto #0
-__all__ = ['PLAIN_TEMPLATE', 'parse_transcript', 'format_transcript', 'encode_text', 'encode_conversation', 'assistant_header',
-           'stop_token_ids', 'stop_texts', 'ensure_chat_template']
+__all__ = ['PLAIN_TEMPLATE', 'parse_transcript', 'format_transcript', 'encode_text', 'encode_conversation', 'encode_answer',
+           'assistant_header', 'stop_token_ids', 'stop_texts', 'ensure_chat_template']
 
 # %% ../../nbs/core/06_dialogue.ipynb #d4495475
 _NAMES = {"Human": "user", "Assistant": "assistant"}
@@ -284,6 +284,7 @@ class _Codec:
         eos = self._tokenizer().eos_token_id
         ends, words = _turn_ends(self._tokenizer(), self.split)
         stops = ([] if eos is None else [eos]) + [self.control[name][0] for name in ends]
+        self.ends = bool(ends)
         return list(dict.fromkeys(stops)), words
 
 
@@ -312,6 +313,7 @@ class _Writer:
     def __init__(self, codec: _Codec):
         self.codec, self.ids = codec, []
         self.text, self.eats = "", False  # text that waits; whether the token before it eats its blanks
+        self.fresh = True  # the next text stands at the beginning, or behind a control token
 
     def add_text(self, part: str) -> None:
         if self.eats and not self.text:
@@ -325,12 +327,13 @@ class _Writer:
             self.text = self.text.rstrip()
         self.flush()
         self.ids.append(id)
-        self.eats = token.rstrip
+        self.eats, self.fresh = token.rstrip, True
 
     def flush(self) -> list[int]:
         "Encode what waits; all tokens so far."
-        self.ids += self.codec.encode(self.codec.prefix.before(self.text, not self.ids))
-        self.text = ""
+        prefix = self.codec.prefix if self.fresh else _Prefix()
+        self.ids += self.codec.encode(prefix.before(self.text, not self.ids))
+        self.text, self.fresh = "", self.fresh and not self.text
         return self.ids
 
 
@@ -366,17 +369,42 @@ def encode_conversation(
     if continue_final:
         last = max(i for i, p in enumerate(pieces) if isinstance(p, _Slot) and p.index == len(messages) - 1)
         pieces = pieces[:last + 1]
-    writer = _Writer(codec)
+    return _written(_Writer(codec), pieces, messages)
+
+
+def _written(writer: _Writer, pieces: list, messages: list[dict]) -> list[int]:
+    "The tokens that were written before, and those of these pieces."
     for before, piece in zip(["", *pieces], pieces):
         if isinstance(piece, _Slot):
-            writer.add_text(_fill(piece, messages[piece.index]["content"], codec.turns[1], before))
+            writer.add_text(_fill(piece, messages[piece.index]["content"], writer.codec.turns[1], before))
             continue
-        for place, part in enumerate(codec.split(piece)):
+        for place, part in enumerate(writer.codec.split(piece)):
             if place % 2:
                 writer.add_control(part)
             else:
                 writer.add_text(part)
     return writer.flush()
+
+
+def encode_answer(
+    tokenizer,  # a fast tokenizer with a chat template
+    messages: list[dict],  # a finished conversation: the last message is the assistant's
+) -> tuple[list[int], list[int]]:  # tokens of the prompt, as it is asked; and of the answer behind it, to its end
+    "A conversation as it is learnt: the answer's tokens follow the prompt's just as they do when it is sampled."
+    codec, roles = _codec(tokenizer), tuple(m["role"] for m in messages)
+    _check_conversation(messages, True)
+    asked, finished = codec.pieces(roles[:-1], True), codec.pieces(roles, False)
+    last = max(i for i, p in enumerate(finished) if isinstance(p, _Slot) and p.index == len(messages) - 1)
+    writer, header = _Writer(codec), finished[last - 1]
+    prompt = list(_written(writer, asked, messages))
+    if finished[:last - 1] != asked[:-1] or not header.startswith(asked[-1]):
+        raise CaiError(f"the chat template of {tokenizer.name_or_path!r} writes {asked[-1][-40:]!r} before an answer that "
+                       f"is asked for, and {header[-40:]!r} before a finished one; use another template")
+    rest = [header[len(asked[-1]):], *finished[last:]]
+    answer = _written(writer, rest, messages)[len(prompt):]
+    own = [id for id in codec.turns[0] if id != tokenizer.eos_token_id] or codec.turns[0]
+    ended = set(codec.turns[0]) & set(answer) or any(word in "".join(p for p in rest[2:]) for word in stop_texts(tokenizer))
+    return prompt, answer if ended or not codec.ends else answer + own[:1]  # GLM: the next turn's mark is the end
 
 # %% ../../nbs/core/06_dialogue.ipynb #27a6a2e3
 def assistant_header(
