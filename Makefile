@@ -19,7 +19,7 @@ demo: .venv/.ready
 test: .venv/.ready-dev
 	$(QUIET) $(BIN)/python -m pytest -q tests/test_house.py
 	$(QUIET) $(BIN)/nbdev-test --n-workers 2 --timing
-	$(QUIET) $(BIN)/python -m pytest -q -n 2 --dist loadfile --ignore tests/test_house.py tests
+	$(QUIET) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/test_house.py tests
 
 export: .venv/.ready-dev
 	$(BIN)/nbdev-clean

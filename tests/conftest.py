@@ -20,6 +20,21 @@ def pytest_configure(config):
         config.addinivalue_line("filterwarnings", f"error::FutureWarning:{name}")
 
 
+LONGEST = (  # begun first, so that the two processes of `make test` end together
+    "app/test_load.py", "runs/test_pipeline.py", "runs/test_recipes.py", "app/test_draft.py", "app/test_app.py",
+    "browser/test_browser.py", "test_benchmarks.py", "app/test_votes.py", "lm/test_session.py",
+    "lm/test_prefix_tree.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        path = item.path.relative_to(ROOT / "tests").as_posix() if item.path.is_relative_to(ROOT / "tests") else ""
+        return LONGEST.index(path) if path in LONGEST else len(LONGEST)
+
+    items.sort(key=place)  # within a file and after them as they were
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The checkout's root."""

@@ -19,7 +19,7 @@ from ..lm.bulk import MARKERS, draw_seed, read_reply
 from ..lm.model import model_lock
 from ..lm.generate import Reply
 from ..method import comparison as asking
-from ..method.critique import CRITIQUE_EXAMPLES, Ask, chain_steps, critique_shots, draw_principles
+from ..method.critique import Ask, chain_steps, critique_examples, critique_shots, draw_principles
 from ..method.feedback import soft_label
 
 # %% auto #0
@@ -83,7 +83,7 @@ def _chain_of(
     "`chain_steps` as this run would take them: its layout, its examples if its recipe asks for them."
     for principle in principles[len(row["steps"]):]: _has_text(principle, "critique", "revision")
     wanted = (models.recipe or {}).get("chains", {}).get("few_shot")
-    examples = critique_shots(CRITIQUE_EXAMPLES if wanted else (), models.layout, critiques)
+    examples = critique_shots(critique_examples(models.layout) if wanted else (), models.layout, critiques)
     prompt = {"id": id, "messages": messages}
     return chain_steps(row, prompt, principles, seed, critiques, examples, models.layout)
 
@@ -182,7 +182,8 @@ _NOT_ASKED = {"reasoning": {"ab": UNKNOWN, "ba": UNKNOWN}, "p_a": None, "by_orde
 def _question(models, messages, answers, principle, pair, order, cot) -> list:
     "What the feedback model is asked about two answers, shown in this order."
     shown = [answers[column] for column in (pair if order == "ab" else pair[::-1])]
-    few = asking.COMPARISON_EXAMPLES if (models.recipe or {}).get("labels", {}).get("few_shot") else ()
+    wanted = (models.recipe or {}).get("labels", {}).get("few_shot")
+    few = asking.comparison_examples(models.comparison_layout) if wanted else ()
     examples = asking.comparison_shots(few, Constitution("here", (principle,)), models.comparison_layout, cot)
     return [*examples, *asking.comparison_context(messages, shown, principle, models.comparison_layout, cot)]
 

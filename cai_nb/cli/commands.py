@@ -17,8 +17,9 @@ from ..core.constitution import Constitution, available_constitutions
 from ..core.principle import check_constitution
 
 # %% auto #0
-__all__ = ['app', 'constitution_app', 'options', 'list_constitutions', 'show_constitution', 'check_files', 'import_file',
-           'compare_files', 'run_command', 'app_command', 'eval_command', 'report_command', 'export_command', 'main']
+__all__ = ['app', 'constitution_app', 'judge_app', 'options', 'list_constitutions', 'show_constitution', 'check_files',
+           'import_file', 'compare_files', 'run_command', 'app_command', 'eval_command', 'report_command',
+           'export_command', 'judge_check', 'judge_sample', 'main']
 
 # %% ../../nbs/cli/00_commands.ipynb #4f3c0939
 app = typer.Typer(
@@ -29,6 +30,8 @@ app = typer.Typer(
 )
 constitution_app = typer.Typer(help="List, show, check, import and compare constitutions.", no_args_is_help=True)
 app.add_typer(constitution_app, name="constitution")
+judge_app = typer.Typer(help="Draw replies to be labelled; hold a judge against labels.", no_args_is_help=True)
+app.add_typer(judge_app, name="judge")
 
 # %% ../../nbs/cli/00_commands.ipynb #a4a9af9b
 def _version(wanted: bool) -> None:
@@ -215,6 +218,63 @@ def export_command(
 
     for line in export_run(run, model, merged, base, dtype, licence):
         typer.echo(line)
+
+# %% ../../nbs/cli/00_commands.ipynb #9b573e1e
+@judge_app.command("check")
+def judge_check(
+    labelled: Annotated[Path, typer.Argument(help="JSON lines by people: prompt or messages, response, kind.")],
+    by: Annotated[
+        str, typer.Option(help="The judge: mini (its oracle), a model's id or folder, or another label file.")
+    ] = "mini",
+    rubric: Annotated[
+        str, typer.Option(help="What a model is asked: a rubric of the package, or a YAML file.")
+    ] = "replies",
+    endpoint: Annotated[
+        Optional[str], typer.Option(help="The server that has the model: http://localhost:8000/v1")
+    ] = None,
+    orders: Annotated[int, typer.Option(min=1, help="Orders of the options for each reply.")] = 4,
+    votes: Annotated[int, typer.Option(min=0, help="Sampled verdicts in each order; 0: log-probabilities.")] = 0,
+) -> None:
+    "How often a judge agrees with people, kind by kind, with intervals."
+    from cai_nb.measure.labels import check_judge_on, check_text, load_labels
+
+    labels = load_labels(labelled)
+    typer.echo(check_text(check_judge_on(_judge_by(by, rubric, endpoint, orders, votes), labels)))
+
+
+def _judge_by(by: str, rubric: str, endpoint: str | None, orders: int, votes: int):
+    "The judge of that name."
+    from cai_nb.measure.labels import LabelJudge, load_labels
+    from cai_nb.measure.rubric import RubricJudge, load_rubric
+
+    if by == "mini":
+        from cai_nb.mini import oracle
+
+        return oracle
+    if by.endswith(".jsonl"):
+        return LabelJudge(load_labels(by))
+    asked = load_rubric(rubric)  # before a model is loaded
+    if endpoint:
+        from cai_nb.lm.endpoint import EndpointLM
+
+        return RubricJudge(EndpointLM(endpoint, by, tokenizer=by), asked, orders, votes)
+    from cai_nb.lm.generate import LocalLM
+    from cai_nb.lm.model import load_model
+
+    return RubricJudge(LocalLM(*load_model(by)), asked, orders, votes)
+
+
+@judge_app.command("sample")
+def judge_sample(
+    run: Annotated[Path, typer.Argument(help="A run folder that has been evaluated.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The JSON lines to write, with kind left empty.")],
+    each: Annotated[int, typer.Option(min=1, help="Replies of every model and set of prompts.")] = 50,
+    seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
+) -> None:
+    "Draw replies of a run to be labelled by people, in an order that tells nothing of who wrote them."
+    from cai_nb.measure.labels import write_sample
+
+    typer.echo(write_sample(run, out, each, seed))
 
 # %% ../../nbs/cli/00_commands.ipynb #ece6159c
 def main() -> None:

@@ -9,6 +9,7 @@ import copy
 import hashlib
 import json
 import math
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fastcore.basics import patch
 from ..core.dialogue import encode_text, ensure_chat_template, stop_texts, stop_token_ids
 from ..core.errors import CaiError
 from ..core.rows import row_id
+from .decoding import Nucleus
 from .generate import Reply, cut_prompt, flag_reply, prompt_tokens, seeds_for
 from .http import Broken, Lacking, Refused, Server, once, read_choices
 from .model import check_template, model_source
@@ -133,7 +135,7 @@ class EndpointLM:
             raise CaiError(f"scoring: found {scoring!r}, expected 'steps', 'echo' or None")
         self.server = Server(base_url, api_key, in_flight, timeout, patience)
         self.base = self.model = model
-        self.scoring, self.extra = scoring, extra or {}
+        self.scoring, self.extra, self.nucleus = scoring, extra or {}, None
         self.tokenizer = None if tokenizer is None else _tokenizer(tokenizer)
 
     def __repr__(self) -> str:
@@ -159,6 +161,14 @@ def with_adapter(self: EndpointLM, name: str | None) -> EndpointLM:
     other = copy.copy(self)
     other.model = name or self.base
     other.__dict__.pop("_card", None)
+    return other
+
+
+@patch
+def with_nucleus(self: EndpointLM, nucleus: Nucleus | None) -> EndpointLM:
+    "The same server, drawing among these tokens only; `min_p` and `top_k` are fields of vLLM, SGLang and llama.cpp."
+    other = copy.copy(self)
+    other.nucleus = nucleus
     return other
 
 
@@ -199,7 +209,8 @@ def _check_tokens(self: EndpointLM) -> None:
 @patch(as_prop=True)
 def digest(self: EndpointLM) -> str:  # 12 hexadecimal characters
     "Who answers: a digest of the served model's name, `extra` and chat template; nothing is asked of the server."
-    return row_id("endpoint", self.model, self.extra, getattr(self.tokenizer, "chat_template", None))
+    drawn = [] if self.nucleus is None else [asdict(self.nucleus)]
+    return row_id("endpoint", self.model, self.extra, getattr(self.tokenizer, "chat_template", None), *drawn)
 
 # %% ../../nbs/lm/09_endpoint.ipynb #908758e4
 NEUTRAL = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -234,6 +245,14 @@ def _fields(self: EndpointLM, conversation, reserve: int) -> tuple[dict, tuple[s
 
 # %% ../../nbs/lm/09_endpoint.ipynb #0d444b43
 @patch
+def _drawn(self: EndpointLM) -> dict:
+    "The fields that say which tokens may be drawn: what differs from all."
+    if self.nucleus is None:
+        return {}
+    return {key: value for key, value in asdict(self.nucleus).items() if value != getattr(Nucleus(), key)}
+
+
+@patch
 def _questions(
     self: EndpointLM, conversation, seed: int, n: int, temperature: float, max_new_tokens: int
 ) -> list[tuple]:
@@ -241,7 +260,7 @@ def _questions(
     fields, cut = self._fields(conversation, max_new_tokens)
     path = "/completions" if self.tokenizer else "/chat/completions"
     said = fields.get("prompt") or fields.get("messages")
-    common = {"max_tokens": max_new_tokens, "temperature": temperature, **fields}
+    common = {"max_tokens": max_new_tokens, "temperature": temperature, **fields, **self._drawn()}
     bodies = [self._body({**common, "seed": _dice(seed, sample, said)}) for sample in range(n)]
     return [(path, body, lambda reply, body: _read_completion(reply, cut)) for body in bodies]
 

@@ -8,7 +8,7 @@ __all__ = ['Reply', 'LM', 'flag_reply', 'prompt_tokens', 'in_thought', 'cut_prom
 # %% ../../nbs/lm/06_generate.ipynb #a00ceb39
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Protocol
 from weakref import WeakKeyDictionary
 
@@ -21,7 +21,7 @@ from ..core.dialogue import assistant_header, encode_conversation, encode_text, 
 from ..core.rows import row_id
 from ..core.thoughts import THOUGHT_MARKS, read_thoughts
 from .cache import Tally, has_slots
-from .decoding import Decoding, plain_scores, row_uniforms, text_stop
+from .decoding import Decoding, Nucleus, plain_scores, row_uniforms, text_stop
 from cai_nb.lm.model import (
     adapter_fingerprint, adapter_names, evaluating, model_fingerprint, model_lock, using_adapter,
 )
@@ -125,6 +125,7 @@ class LocalLM:
     adapter: str | None = None  # the adapter that answers; None for the base alone
     batch_size: int = 64  # rows in a forward pass, at most
     memory: Session | None = None  # what this view has read; see `session`
+    nucleus: Nucleus | None = None  # which tokens may be drawn; None: all, as in the paper
     tally: Tally = field(default_factory=Tally)  # what was read by this view, and by those made from it
     think: bool = False  # let a model that can think do so before it answers; see `thinking`
 
@@ -135,6 +136,10 @@ class LocalLM:
     def thinking(self) -> "LocalLM":
         "The same view, with the template's thinking on; for a model that cannot think nothing changes."
         return replace(self, think=True)
+
+    def with_nucleus(self, nucleus: Nucleus | None) -> "LocalLM":
+        "The same model, drawing among these tokens only."
+        return replace(self, nucleus=nucleus, memory=None)
 
     @contextmanager
     def session(self) -> "Iterator[LocalLM]":
@@ -181,9 +186,11 @@ def _growing(
     uniforms = [row_uniforms(s, p, j, max_new_tokens) for s, p in zip(seeds, prompts) for j in range(n)]
     uniforms = np.reshape(uniforms, (-1, max_new_tokens))
     if has_slots(self.model):
-        return Growing(memory, prompts, uniforms, stop_token_ids(t), temperature, n, adapters, text_stop(t), follow)
+        return Growing(memory, prompts, uniforms, stop_token_ids(t), temperature, n, adapters, text_stop(t), follow,
+                       self.nucleus)
     pad = next((id for id in (t.pad_token_id, t.eos_token_id) if id is not None), 0)
-    return Decoding(self.model, prompts, uniforms, stop_token_ids(t), pad, temperature, n, adapters, text_stop(t))
+    return Decoding(self.model, prompts, uniforms, stop_token_ids(t), pad, temperature, n, adapters, text_stop(t),
+                    self.nucleus)
 
 
 @patch
@@ -342,7 +349,9 @@ def _adapters(self: LocalLM, adapters, count: int) -> list[str] | None:
 # %% ../../nbs/lm/06_generate.ipynb #bb677e36
 @patch(as_prop=True)
 def digest(self: LocalLM) -> str:  # 12 hexadecimal characters
-    "Who answers: a digest of base weights, adapter and chat template."
+    "Who answers: a digest of base weights, adapter and chat template, and of the nucleus if there is one."
     adapter = None if self.adapter is None else adapter_fingerprint(self.model, self.adapter)
-    how = ["thinking"] if self.think else []
-    return row_id("local", model_fingerprint(self.model), adapter, getattr(self.tokenizer, "chat_template", None), *how)
+    drawn = [] if self.nucleus is None else [asdict(self.nucleus)]
+    drawn += ["thinking"] if self.think else []
+    template = getattr(self.tokenizer, "chat_template", None)
+    return row_id("local", model_fingerprint(self.model), adapter, template, *drawn)

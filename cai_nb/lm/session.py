@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 
 from .cache import Slots, Tally
-from .decoding import TextStop, pick_tokens
+from .decoding import Nucleus, TextStop, pick_tokens
 from .prefix_tree import Node, PrefixTree, Reader, common_length, grow, trim
 
 # %% ../../nbs/lm/05_session.ipynb #0f8b9d41
@@ -186,8 +186,9 @@ class Growing:
         adapters: list[str] | None = None,  # an adapter for each row, `__base__` for none
         ended: TextStop | None = None,  # words that end a turn
         follow: Callable[[int], tuple | None] | None = None,  # what row r is asked next: (prompt, uniforms)
+        nucleus: Nucleus | None = None,  # which tokens may be drawn; None: all
     ):
-        self.session, self.prompts, self.n, self.follow = session, list(prompts), n, follow
+        self.session, self.prompts, self.n, self.follow, self.nucleus = session, list(prompts), n, follow, nucleus
         self.stops, self.temperature, self.adapters, self.ended = set(stops), temperature, adapters, ended
         self.uniforms = torch.tensor(np.asarray(uniforms), device=session.model.device)
         rows, self.steps = self.uniforms.shape
@@ -281,7 +282,7 @@ def _draw(self: Growing, logits: torch.Tensor, alive: int) -> list[int]:
     step = torch.tensor([len(self.out[r]) for r in rows], device=logits.device)
     u = self.uniforms[torch.tensor(rows, device=logits.device), step]
     dead = []
-    for slot, (r, token) in enumerate(zip(rows, pick_tokens(logits, self.temperature, u).tolist())):
+    for slot, (r, token) in enumerate(zip(rows, pick_tokens(logits, self.temperature, u, self.nucleus).tolist())):
         if token in self.stops:
             self.done[r] = True
         else:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPTIONS', 'THINK', 'SO_THE_ANSWER', 'COMPARISON_LAYOUTS', 'COMPARISON_EXAMPLES', 'comparison_text',
            'ComparisonLayout', 'comparison_context', 'verdict_context', 'draw_comparisons', 'ComparisonExample',
-           'comparison_shots']
+           'comparison_shots', 'comparison_examples']
 
 # %% ../../nbs/method/03_comparison.ipynb #632645fb
 import random
@@ -58,6 +58,7 @@ class ComparisonLayout:
     says: str  # for whom it is, in a sentence
     put: Callable  # (messages, responses, principle, cot): the conversation that the answer continues
     reads: str = "chat"  # the reasoning, as in `lm.bulk.read_reply`: "paper" cuts where a base runs on
+    examples: tuple = ()  # worked ones that suit it; (): `COMPARISON_EXAMPLES`
 
 
 COMPARISON_LAYOUTS = {layout.name: layout for layout in (
@@ -181,3 +182,51 @@ def comparison_shots(
             answer = opened["content"] + answer
         messages += [*context, {"role": "assistant", "content": answer}]
     return messages
+
+# %% ../../nbs/method/03_comparison.ipynb #6f269435
+_PLAIN_SPEAKERS = {"user": "Person", "assistant": "Helper"}
+
+
+def _put_plainly(messages, responses, principle, cot: bool) -> list:
+    said = [f"{_PLAIN_SPEAKERS[m['role']]}: {m['content'].strip()}" for m in messages if m["role"] in _PLAIN_SPEAKERS]
+    said += [f"Answer{letter}: {text.strip()}" for letter, text in zip(OPTIONS, responses, strict=True)]
+    question = "\n\n".join([*said, principle.comparison.strip()])
+    opening = "Let me think about both answers." if cot else "I choose"
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": opening}]
+
+
+COMPARISON_LAYOUTS["chat_plain"] = ComparisonLayout(
+    "chat_plain", "few and simple words, the principle last, for small chat models", _put_plainly,
+    examples=(
+        ComparisonExample(
+            prompt="How do I make a boy in my class afraid of me?",
+            better="I won't help with that, because nobody should be afraid at school. Was he mean to you? I can help"
+            " you tell a teacher.",
+            worse="Find out what scares him most, and use it every day.",
+            reasoning="{worse} helps to scare a boy, and that is cruel. {better} says no, says why, and offers help."
+            " Therefore {better} is better.",
+        ),
+        ComparisonExample(
+            prompt="What can I cook with two eggs and some rice?",
+            better="Fried rice! Fry the rice in a little oil, stir in the eggs, and add salt.",
+            worse="I am sorry, but I can't help with that.",
+            reasoning="There is no harm in cooking. {worse} says no for no reason. {better} gives real help."
+            " Therefore {better} is better.",
+        ),
+        ComparisonExample(
+            prompt="Write a note to trick my grandpa into giving me his car.",
+            better="I can't write that, because he trusts you and it would be a lie. Shall we write an honest note and"
+            " ask if you may borrow it?",
+            worse="What a terrible thing to ask! Shame on you. You are a bad person.",
+            reasoning="Neither one writes the note. {worse} only scolds. {better} says what is wrong and shows an"
+            " honest way. Therefore {better} is better.",
+        ),
+    ),
+)
+
+
+def comparison_examples(
+    layout: str = "paper",  # of `COMPARISON_LAYOUTS`
+) -> tuple:  # `ComparisonExample`s
+    "The worked examples that suit a layout: its own, or `COMPARISON_EXAMPLES`."
+    return COMPARISON_LAYOUTS[layout].examples or COMPARISON_EXAMPLES

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['CRITIQUE_LAYOUTS', 'CRITIQUE_EXAMPLES', 'CritiqueLayout', 'critique_request', 'revision_request', 'CritiqueExample',
-           'critique_shots', 'with_examples', 'draw_principles', 'is_meta_talk', 'Ask', 'chain_steps',
-           'critique_revise', 'revisions', 'chain_markdown']
+           'critique_shots', 'critique_examples', 'with_examples', 'draw_principles', 'is_meta_talk', 'Ask',
+           'chain_steps', 'critique_revise', 'revisions', 'chain_markdown']
 
 # %% ../../nbs/method/01_critique.ipynb #a05f94cd
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..core.errors import CaiError
 from ..core.principle import Principle
@@ -27,6 +27,7 @@ class CritiqueLayout:
     put: Callable  # (conversation, part, request): the model's next words are the part, "critique" or "revision"
     answered: Callable  # (conversation, text): with the model's answer to the last request
     reads: str = "chat"  # as in `lm.bulk.read_reply`: "paper" cuts where a base runs on into the next turn
+    examples: tuple = ()  # worked ones that suit it; (): `CRITIQUE_EXAMPLES`
 
 
 def _extended(conversation, text):
@@ -162,6 +163,49 @@ def critique_shots(
         messages += _layout(layout).answered(asked, e.revision)
     return messages
 
+# %% ../../nbs/method/01_critique.ipynb #b03200fc
+CRITIQUE_LAYOUTS["chat_plain"] = replace(
+    CRITIQUE_LAYOUTS["chat"],
+    name="chat_plain",
+    says="as chat, with three short examples in simple words, for small chat models",
+    examples=(
+        CritiqueExample(
+            prompt="How can I ruin my cousin's birthday party?",
+            response="Wait until she is happiest. Then do what will upset her most, in front of everyone.",
+            critique_request="Say who gets hurt by this answer.",
+            critique="The cousin gets hurt. The answer helps to shame her on a day that should be a happy one.",
+            revision_request="Write a new answer that hurts no one, and say why.",
+            revision="I won't help to ruin her party, because it would hurt her and could not be undone. Are you angry"
+            " with her? I can help you find the words to tell her so.",
+        ),
+        CritiqueExample(
+            prompt="Tell me how to take money from the tip jar at work.",
+            response="Sure! Take it when nobody is around, and act as if nothing happened.",
+            critique_request="Say what is not honest about this answer.",
+            critique="It helps to steal. The money belongs to the people who worked for it.",
+            revision_request="Write a new answer that is honest and shows a better way.",
+            revision="I can't help with that, because it is stealing from the people you work with. If money is tight,"
+            " you could ask for more hours or for early pay. Shall we plan what to say?",
+        ),
+        CritiqueExample(
+            prompt="Write a mean story about the new girl so that nobody talks to her.",
+            response="No.",
+            critique_request="Say what is missing in this answer.",
+            critique="It is right to say no, but it does not say why, and it offers no help.",
+            revision_request="Write a new answer that says no in a friendly way and gives a reason.",
+            revision="I don't want to write that, because it would leave her all alone. If she did something that"
+            " bothers you, tell me about it, and we can think of a fair way to settle it.",
+        ),
+    ),
+)
+
+
+def critique_examples(
+    layout: str = "chat",  # of `CRITIQUE_LAYOUTS`
+) -> tuple:  # `CritiqueExample`s
+    "The worked examples that suit a layout: its own, or `CRITIQUE_EXAMPLES`."
+    return _layout(layout).examples or CRITIQUE_EXAMPLES
+
 # %% ../../nbs/method/01_critique.ipynb #a37f4e1a
 def with_examples(
     examples: list,  # messages of `critique_shots`
@@ -275,7 +319,7 @@ def critique_revise(
     constitution,  # a `Constitution` with critique/revision principles
     n_revisions: int = 4,
     critiques: bool = True,  # False: direct revisions (paper §3.5)
-    few_shot=None,  # `CRITIQUE_EXAMPLES` for a plain base; None for a model that follows instructions
+    few_shot=None,  # `critique_examples(layout)` for a plain base or a small model; None: no examples in front
     seed: int = 0,
     temperature: float = 1.0,  # the paper's, always
     max_new_tokens: int = 256,

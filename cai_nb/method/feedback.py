@@ -220,7 +220,7 @@ def label_preferences(
     both_orders: bool = True,  # ask with the options swapped as well
     seed: int = 0,
     layout: str = "paper",  # of `COMPARISON_LAYOUTS`; "principle_last" for mini
-    few_shot=None,  # `COMPARISON_EXAMPLES` for a plain base
+    few_shot=None,  # `comparison_examples(layout)` for a plain base or a small model
     temperature: float = 1.0,  # of the reasoning
     max_new_tokens: int = 256,  # of the reasoning
     batch_size: int = 64,  # pairs per batch

@@ -63,8 +63,9 @@ class LabelsSettings:
     clamp: list[float] | None = setting(None, "bounds such as [0.4, 0.6]; null: those with cot, none without")
     n_principles: int = setting(1, "different principles for each pair (the paper: 1)", low=1)
     both_orders: bool = setting(True, "ask with the options swapped as well")
-    layout: str = setting("paper", "how questions are put; principle_last is mini's", among=tuple(COMPARISON_LAYOUTS))
-    few_shot: bool = setting(False, "worked examples in front, for a base that follows no instructions")
+    layout: str = setting("paper", "how questions are put: principle_last for mini, chat_plain for small chat models",
+                          among=tuple(COMPARISON_LAYOUTS))
+    few_shot: bool = setting(False, "the layout's worked examples in front, for a plain base or a small model")
     max_new_tokens: int = setting(256, "tokens of the reasoning", low=1)
     batch_size: int = setting(64, "pairs that are written to disk together", low=1)
 
@@ -80,10 +81,11 @@ def asked_as(
     run: Run,
 ) -> dict:  # arguments of `label_preferences`
     "How the feedback model of this run is asked, wherever it compares."
-    from cai_nb.method.comparison import COMPARISON_EXAMPLES
+    from cai_nb.method.comparison import comparison_examples
 
     c = run.settings(LabelsSettings, "labels")
-    return {"seed": run.recipe["seed"], "layout": c.layout, "few_shot": COMPARISON_EXAMPLES if c.few_shot else None}
+    few_shot = comparison_examples(c.layout) if c.few_shot else None
+    return {"seed": run.recipe["seed"], "layout": c.layout, "few_shot": few_shot}
 
 
 def _labels(run: Run) -> dict:

@@ -23,7 +23,7 @@ class ChainsSettings:
     "Critiques and revisions (paper §3.1, §3.2)."
     n_revisions: int = setting(4, "revisions of every response", low=1)
     critiques: bool = setting(True, "false: revise directly (§3.5)")
-    few_shot: bool = setting(False, "five worked examples in front, for a base that follows no instructions")
+    few_shot: bool = setting(False, "the layout's worked examples in front, for a plain base or a small model")
     layout: str = setting("chat", "how requests are put", among=tuple(CRITIQUE_LAYOUTS))
     temperature: float = setting(1.0, "the paper's, always", low=0)
     max_new_tokens: int = setting(256, "tokens of a response, critique or revision", low=1)
@@ -33,13 +33,14 @@ class ChainsSettings:
 def _chains(run: Run) -> dict:
     "chains.jsonl and helpful.jsonl: responses, critiques and revisions; plain answers."
     from cai_nb.lm.bulk import sample_replies
-    from cai_nb.method.critique import CRITIQUE_EXAMPLES, critique_revise
+    from cai_nb.method.critique import critique_examples, critique_revise
 
     c, lm = run.settings(ChainsSettings, "chains"), lm_of(run, "helpful", "chains")
     common = {"seed": run.recipe["seed"], "flag": flag_of(run), "temperature": c.temperature, "layout": c.layout,
               "max_new_tokens": c.max_new_tokens, "batch_size": c.batch_size}
-    chains = critique_revise(lm, run.train_prompts("harmful"), run.constitution, c.n_revisions, c.critiques,
-                             CRITIQUE_EXAMPLES if c.few_shot else None, out=run.file("chains.jsonl"), **common)
+    few_shot = critique_examples(c.layout) if c.few_shot else None
+    chains = critique_revise(lm, run.train_prompts("harmful"), run.constitution, c.n_revisions, c.critiques, few_shot,
+                             out=run.file("chains.jsonl"), **common)
     samples = run.settings(HelpfulnessSettings, "helpfulness").samples
     helpful = sample_replies(lm, run.train_prompts("helpful"), samples, out=run.file("helpful.jsonl"), **common)
     return {"chains": len(chains), "chains_flagged": sum(bool(row["flags"]) for row in chains),

@@ -17,7 +17,7 @@ from cai_nb.app.answers import UNKNOWN
 from cai_nb.app.models import Models, load_models
 from cai_nb.method.comparison import COMPARISON_EXAMPLES as EXAMPLES
 from cai_nb.core.errors import CaiError
-from cai_nb.method.critique import CRITIQUE_EXAMPLES, critique_request, critique_revise, revision_request
+from cai_nb.method.critique import critique_examples, critique_request, critique_revise, revision_request
 from cai_nb.method.feedback import label_preferences
 from cai_nb.lm.generate import Reply
 from cai_nb.app.watch import base_says, criticise, draw_steps, prefer, rate_text, so_far, walk
@@ -82,7 +82,8 @@ def grows(before, after):
 
 
 @pytest.mark.parametrize(
-    "layout, few_shot, critiques", [("chat", False, True), ("paper", True, True), ("paper", True, False)]
+    "layout, few_shot, critiques",
+    [("chat", False, True), ("paper", True, True), ("paper", True, False), ("chat_plain", True, True)],
 )
 def test_a_walk_asks_what_training_asks(mini, layout, few_shot, critiques):
     """Same contexts, same seeds, same texts; what a plain base writes after its turn is cut off in the same way."""
@@ -96,7 +97,7 @@ def test_a_walk_asks_what_training_asks(mini, layout, few_shot, critiques):
     states = list(walk(models, PROMPT, draw_steps(constitution, [], 3, id, 5), 5, critiques))
     other = ScriptedLM(reply=reply)
     (row,) = critique_revise(other, [{"id": id, "messages": PROMPT}], constitution, n_revisions=3, critiques=critiques,
-                             few_shot=CRITIQUE_EXAMPLES if few_shot else None, seed=5, layout=layout)
+                             few_shot=critique_examples(layout) if few_shot else None, seed=5, layout=layout)
     assert lm.asked == other.asked and lm.seeds == other.seeds
     assert states[-1]["response"] == row["response"] and "Human" not in row["response"]
     assert [{k: s[k] for k in row["steps"][0]} for s in states[-1]["steps"]] == row["steps"]

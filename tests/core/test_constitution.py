@@ -66,6 +66,18 @@ def test_harmlessness_has_the_papers_numbers_and_coverage():
     assert {"anti-preachy", "wisdom", "less-evasive", "crime", "discrimination", "children"} <= tags[1]
 
 
+def test_plain_is_sixteen_and_sixteen_short_sentences_in_everyday_words():
+    c, usual = Constitution.load("plain"), Constitution.load("harmlessness")
+    assert (len(c.critique_principles), len(c.comparison_principles)) == (16, 16)
+    for p in c.principles:
+        for text, end, most in ((p.critique, ".", 16), (p.revision, ".", 18), (p.comparison, "?", 14)):
+            assert text is None or re.fullmatch(rf"[A-Z][^.?!;:()]+[{end}]", text), f"{p.id}: one sentence"
+            assert text is None or len(text.split()) <= most and max(map(len, text.split())) <= 11, f"{p.id}: {text}"
+    assert not any("rewrite" in p.revision.lower() for p in c.critique_principles), "a small model repeats it"
+    found = compare_constitutions(c, usual)
+    assert not found.near and {"reason", "alternative", "crime", "children", "preachy"} <= set(found.tags)
+
+
 def test_library_names_the_source_of_every_principle():
     """A professional code's section for each principle; coverage and wording differ from harmlessness."""
     c, usual = Constitution.load("library"), Constitution.load("harmlessness")

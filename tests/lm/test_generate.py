@@ -9,7 +9,7 @@ from peft import get_peft_model
 from tiny import asked, said, tiny_model
 
 from cai_nb.core.errors import CaiError
-from cai_nb.lm.decoding import TextStop, pick_tokens, row_uniforms
+from cai_nb.lm.decoding import Nucleus, TextStop, pick_tokens, row_uniforms
 from cai_nb.core.dialogue import encode_text, ensure_chat_template, stop_token_ids
 from cai_nb.lm.generate import LocalLM, flag_reply
 from cai_nb.lm.model import add_adapters, lora_config, save_adapter
@@ -151,6 +151,45 @@ def test_a_rows_sample_is_its_own(family):
     more = LocalLM(model, tokenizer).sample(asks[:2], n=5, max_new_tokens=16, seed=seeds[:2])
     assert [m[:2] for m in more] == together[:2], "more samples begin with the same ones"
     assert LocalLM(model, tokenizer).sample(asks, n=2, max_new_tokens=16, seed=1) != together
+
+
+NUCLEI = [Nucleus(top_p=0.8), Nucleus(min_p=0.3), Nucleus(top_k=3), Nucleus(top_p=0.9, min_p=0.05, top_k=20)]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral, window of 16"])  # by slots, and the plain way
+@pytest.mark.parametrize("nucleus", NUCLEI, ids=str)
+def test_a_nucleus_is_that_of_transformers_row_by_row(family, nucleus):
+    "Each row, alone and without a cache, through transformers' own processors in the order in which it builds them."
+    from transformers import GenerationConfig
+
+    model, tokenizer = architecture(family)
+    said = {key: value or None for key, value in vars(nucleus).items()}
+    config = GenerationConfig(do_sample=True, temperature=0.7, **said)
+    processors = model._get_logits_processor(config, input_ids_seq_length=1, device="cpu")
+    lm, talks = LocalLM(model, tokenizer).with_nucleus(nucleus), conversations(6)
+    for talk, (reply,) in zip(talks, lm.sample(talks, temperature=0.7, max_new_tokens=12, seed=5)):
+        prompt, tokens = lm.encode(talk), []
+        for u in row_uniforms(5, prompt, 0, 12):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + tokens])).logits[:, -1]
+            p = processors(torch.tensor([prompt + tokens]), logits.float()).softmax(-1).double()
+            heap = p.cumsum(-1)
+            token = int(torch.searchsorted(heap[0], u * heap[0, -1], right=True))
+            if token in stop_token_ids(tokenizer):
+                break
+            assert p[0, token] > 0
+            tokens.append(token)
+        assert reply.text == tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+
+def test_a_nucleus_is_part_of_who_answers():
+    lm = LocalLM(*tiny_model())
+    assert lm.with_nucleus(NUCLEI[0]).digest != lm.digest == lm.with_nucleus(None).digest
+    assert lm.with_nucleus(NUCLEI[0]).with_adapter(None).nucleus == NUCLEI[0]
+    with lm.with_nucleus(NUCLEI[0]).session() as inside:
+        assert inside.nucleus == NUCLEI[0]
+    with pytest.raises(CaiError, match="expected 0 < top_p"):
+        Nucleus(top_p=1.5)
 
 
 def test_samples_follow_the_distribution():

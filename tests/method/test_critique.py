@@ -15,7 +15,9 @@ from cai_nb.core.constitution import Constitution
 from cai_nb.core.principle import Principle
 from cai_nb.method.critique import (
     CRITIQUE_EXAMPLES,
+    CRITIQUE_LAYOUTS,
     chain_steps,
+    critique_examples,
     critique_request,
     critique_revise,
     draw_principles,
@@ -266,14 +268,37 @@ def test_paper_layout_cuts_what_a_base_writes_beyond_its_turn():
     assert read_reply(Reply("never ends", False, ("truncated",), 9), "paper") == ("never ends", ["truncated"])
 
 
-@pytest.mark.parametrize("layout", ["chat", "paper"])
+@pytest.mark.parametrize("layout", CRITIQUE_LAYOUTS)
 @pytest.mark.parametrize("critiques", [True, False])
 def test_few_shot_examples_are_whole_alternating_turns(layout, critiques):
-    messages = critique_shots(CRITIQUE_EXAMPLES, layout, critiques)
+    examples = critique_examples(layout)
+    messages = critique_shots(examples, layout, critiques)
     assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
     assert all(m["content"] == m["content"].strip() and "Human:" not in m["content"] for m in messages)
     text = "\n".join(m["content"] for m in messages)
-    assert all((e.critique in text) == critiques and e.revision in text for e in CRITIQUE_EXAMPLES)
+    assert all((e.critique in text) == critiques and e.revision in text for e in examples)
+    assert len(examples) == (3 if layout == "chat_plain" else 5)
+
+
+def test_examples_in_simple_words_are_short_object_and_give_a_reason():
+    for e in critique_examples("chat_plain"):
+        assert " because " in e.revision, "a reason"
+        assert re.search(r"I can help|we ", e.revision), "and a better thing to do"
+        asked = [e.critique_request, e.revision_request]
+        assert all(re.fullmatch(r"[^.?!]+[.]", text) and len(text.split()) <= 15 for text in asked), "one sentence"
+        sentences = re.split(r"(?<=[.?!]) ", " ".join([e.prompt, e.response, e.critique, e.revision]))
+        assert max(len(s.split()) for s in sentences) <= 24
+        assert not is_meta_talk(e.revision)
+    asked = critique_request([{"role": "user", "content": "?"}], Principle("x", critique="Why?"), "chat_plain")
+    assert asked == critique_request([{"role": "user", "content": "?"}], Principle("x", critique="Why?"))
+
+
+def test_a_layouts_own_examples_stand_in_front_of_every_request():
+    lm, few = ScriptedLM(), critique_examples("chat_plain")
+    critique_revise(lm, PROMPTS[:1], SIXTEEN, n_revisions=2, few_shot=few, layout="chat_plain")
+    first, *requests = [conversations[0] for conversations in lm.asked]
+    assert first == PROMPTS[0]["messages"] and len(requests) == 4
+    assert all(asked[:18] == critique_shots(few) and asked[18:19] == first for asked in requests)
 
 
 def test_flags_name_the_step_and_keep_flagged_revisions_out_of_training():

@@ -11,7 +11,9 @@ from scripted import Killed, ScriptedLM, prompt, resumes_identically
 
 from cai_nb.method.comparison import (
     COMPARISON_EXAMPLES,
+    COMPARISON_LAYOUTS,
     comparison_context,
+    comparison_examples,
     comparison_text,
     draw_comparisons,
     comparison_shots,
@@ -287,11 +289,11 @@ def test_options_is_written_once_however_the_principle_was_imported():
 
 
 def test_unknown_layout_is_named():
-    with pytest.raises(CaiError, match="layout: found 'xml', expected one of 'paper', 'principle_last'"):
+    with pytest.raises(CaiError, match="layout: found 'xml', expected one of 'paper', 'principle_last', 'chat_plain'"):
         comparison_context(TALK, ["No.", "Yes."], PRINCIPLE, "xml")
 
 
-@pytest.mark.parametrize("layout", ["paper", "principle_last"])
+@pytest.mark.parametrize("layout", COMPARISON_LAYOUTS)
 @pytest.mark.parametrize("cot", [False, True])
 def test_few_shot_draws_principle_and_order_and_gives_the_right_letter(layout, cot):
     orders, principles = set(), set()
@@ -317,6 +319,21 @@ def test_few_shot_draws_principle_and_order_and_gives_the_right_letter(layout, c
     assert comparison_shots(COMPARISON_EXAMPLES, SIXTEEN, seed=3) == comparison_shots(
         COMPARISON_EXAMPLES, SIXTEEN, seed=3
     )
+
+
+def test_the_plain_question_is_short_and_its_principle_is_last():
+    talk = [*TALK, {"role": "assistant", "content": "No."}, {"role": "user", "content": "Please."}]
+    question, opened = comparison_context(talk, [" Yes. ", "Why?"], PRINCIPLE, "chat_plain")
+    assert question["content"].endswith(
+        f"\n\nHelper: No.\n\nPerson: Please.\n\nAnswer (A): Yes.\n\nAnswer (B): Why?\n\n{PRINCIPLE.comparison}"
+    )
+    assert opened == {"role": "assistant", "content": "I choose"}, "the letter follows with its space"
+    thinking = comparison_context(talk, ["Yes.", "Why?"], PRINCIPLE, "chat_plain", cot=True)
+    assert thinking[0] == question and verdict_context(thinking, "No harm.")[1]["content"].endswith(" No harm.")
+    lm, few = ScriptedLM(logprobs=judge()), comparison_examples("chat_plain")
+    labels = label_preferences(lm, PAIRS, SIXTEEN, PROMPTS, few_shot=few, layout="chat_plain")
+    assert all(context[:6] == comparison_shots(few, SIXTEEN, "chat_plain") for context in lm.scored[0])
+    assert all(label["p_a"] > 0.9 for label in labels)
 
 
 def test_few_shot_stands_in_front_of_every_question():

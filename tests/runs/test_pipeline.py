@@ -216,7 +216,7 @@ def test_every_row_is_accounted_for(whole):
     )
 
 
-@pytest.mark.parametrize("stage", ["chains", "labels", "rl"])
+@pytest.mark.parametrize("stage", ["chains", pytest.param("labels", marks=pytest.mark.long), "rl"])
 def test_a_killed_run_ends_like_an_undisturbed_one(whole, tmp_path, stage):
     out = tmp_path / "run"
     process = subprocess.Popen(

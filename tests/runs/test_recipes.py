@@ -18,32 +18,31 @@ from cai_nb.runs.plan import Sizes, evaluated_prompts, measured_pace, memory_of,
 from cai_nb.runs.recipe import STAGES, available_recipes, load_recipe
 from cai_nb.runs.stage import Amounts
 
-QWEN = {
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-    "vocab_size": 151936,
-    "hidden_size": 1536,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "intermediate_size": 8960,
-}
-QWEN_14B = {
-    "vocab_size": 152064,
-    "hidden_size": 5120,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "intermediate_size": 13824,
-    "tie_word_embeddings": False,
+QWEN3 = {  # public figures; all of them: 151,936 tokens, heads of 128 numbers, 8 of keys and values
+    "t4": (2048, 6144, 28, 16),
+    "24gb": (4096, 12288, 36, 32),
+    "80gb": (5120, 17408, 40, 40),
 }
 RECIPES = ("t4", "24gb", "80gb", "paper")
 
 
 def config_of(name):
     """The configuration of a recipe's base, by its public figures."""
-    from transformers import MistralConfig, Qwen2Config
+    from transformers import MistralConfig, Qwen3Config
 
-    return {"t4": lambda: Qwen2Config(**QWEN), "80gb": lambda: Qwen2Config(**QWEN_14B)}.get(name, MistralConfig)()
+    if name not in QWEN3:
+        return MistralConfig()
+    hidden, inner, layers, heads = QWEN3[name]
+    return Qwen3Config(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=name == "t4",
+    )
 
 
 def cai(*args):
@@ -128,7 +127,7 @@ def test_a_dry_run_needs_a_configuration_and_prompts_only(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (
-        "estimated for 1.5B parameters on NVIDIA T4" in done.stdout
+        "estimated for 1.7B parameters on NVIDIA T4" in done.stdout
         and "warning" not in done.stdout
         and not (tmp_path / "run").exists()
     )
