@@ -284,7 +284,7 @@ class _Codec:
         eos = self._tokenizer().eos_token_id
         ends, words = _turn_ends(self._tokenizer(), self.split)
         stops = ([] if eos is None else [eos]) + [self.control[name][0] for name in ends]
-        self.ends = bool(ends)
+
         return list(dict.fromkeys(stops)), words
 
 
@@ -385,7 +385,7 @@ def _written(writer: _Writer, pieces: list, messages: list[dict]) -> list[int]:
                 writer.add_text(part)
     return writer.flush()
 
-
+# %% ../../nbs/core/06_dialogue.ipynb #855fe86d
 def encode_answer(
     tokenizer,  # a fast tokenizer with a chat template
     messages: list[dict],  # a finished conversation: the last message is the assistant's
@@ -397,14 +397,15 @@ def encode_answer(
     last = max(i for i, p in enumerate(finished) if isinstance(p, _Slot) and p.index == len(messages) - 1)
     writer, header = _Writer(codec), finished[last - 1]
     prompt = list(_written(writer, asked, messages))
-    if finished[:last - 1] != asked[:-1] or not header.startswith(asked[-1]):
-        raise CaiError(f"the chat template of {tokenizer.name_or_path!r} writes {asked[-1][-40:]!r} before an answer that "
-                       f"is asked for, and {header[-40:]!r} before a finished one; use another template")
+    if finished[:last - 1] != asked[:-1] or not header.startswith(asked[-1]):  # what is the same is the prompt
+        whole = encode_conversation(tokenizer, messages, add_generation_prompt=False)
+        start = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
+        return whole[:start], whole[start:]
     rest = [header[len(asked[-1]):], *finished[last:]]
-    answer = _written(writer, rest, messages)[len(prompt):]
-    own = [id for id in codec.turns[0] if id != tokenizer.eos_token_id] or codec.turns[0]
-    ended = set(codec.turns[0]) & set(answer) or any(word in "".join(p for p in rest[2:]) for word in stop_texts(tokenizer))
-    return prompt, answer if ended or not codec.ends else answer + own[:1]  # GLM: the next turn's mark is the end
+    answer, stops = _written(writer, rest, messages)[len(prompt):], codec.turns[0]
+    if set(stops) & set(answer) or any(word in "".join(rest[2:]) for word in stop_texts(tokenizer)):
+        return prompt, answer
+    return prompt, answer + [id for id in stops if id != tokenizer.eos_token_id][:1]  # GLM: the next turn's mark
 
 # %% ../../nbs/core/06_dialogue.ipynb #27a6a2e3
 def assistant_header(
