@@ -5,9 +5,13 @@
 # %% ../../nbs/core/01_files.ipynb #e088ecae
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import sys
+import threading
+from functools import cache
 from pathlib import Path
 
 from .errors import CaiError
@@ -79,11 +83,25 @@ def sync_name(
 
 
 def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in _CANNOT_FORCE:
+            raise
+        _say_unforced((error.strerror or str(error)).lower())
+
+
+_CANNOT_FORCE = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+
+
+@cache
+def _say_unforced(reason: str) -> None:  # once in a process
+    print(f"note: this disk cannot force a folder to be synced ({reason}); the work goes on, only a power cut may lose "
+          "the names of the newest files", file=sys.stderr)
 
 # %% ../../nbs/core/01_files.ipynb #fe6d0e4c
 def write_safely(
@@ -92,10 +110,13 @@ def write_safely(
 ) -> None:
     "Write a file so that it is there completely or as it was before, whenever the process is killed."
     path = Path(path)
-    staged = path.with_name(f".{path.name}.part")
-    staged.write_text(text, encoding="utf-8")
-    sync(staged)
-    os.replace(staged, path)
+    staged = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")  # of this writer alone
+    try:
+        staged.write_text(text, encoding="utf-8")
+        sync(staged)
+        os.replace(staged, path)
+    finally:
+        staged.unlink(missing_ok=True)
     sync_name(path)
 
 # %% ../../nbs/core/01_files.ipynb #8ae3ee2c
@@ -103,7 +124,11 @@ def file_digest(
     path: str | Path,
 ) -> str:  # 16 hexadecimal characters of its SHA-256
     "A digest of a file."
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while part := f.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()[:16]
 
 # %% ../../nbs/core/01_files.ipynb #6066c4d2
 def package_folder(
