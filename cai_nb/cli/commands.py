@@ -20,6 +20,7 @@ import typer
 
 from .. import __version__
 from ..core.errors import CaiError
+from ..core.files import disk_error
 from ..core.constitution import Constitution, available_constitutions
 from ..core.principle import check_constitution
 
@@ -341,9 +342,10 @@ def main() -> None:
     except CaiError as error:
         _fail(str(error))
     except OSError as error:
-        if error.filename is None:
+        told = disk_error(error)
+        if told is None:
             raise
-        _fail(f"{error.filename}: {(error.strerror or 'cannot be opened').lower()}; check the path and its permissions")
+        _fail(str(told))
 
 
 def _fail(message: str) -> None:

@@ -15,6 +15,7 @@ from ..core.errors import CaiError
 from ..core.files import file_digest, read_json, sync, write_safely
 from ..core.lock import folder_lock
 from ..core.seals import check_seals, seal
+from ..core.shapes import read_checked
 from .eval_stage import evaluate_suites_of
 from .folder import Run, code_digest, read_manifest, say
 from .overview import further_tables
@@ -79,7 +80,7 @@ def results(
     from cai_nb.measure.rates import as_table, metrics_table
 
     folder = Path(folder)
-    metrics, stages = read_json(folder / "eval/metrics.json"), read_manifest(folder)["stages"]
+    metrics, stages = read_checked(folder / "eval/metrics.json"), read_manifest(folder)["stages"]
     unjudged = f"No judge: replies are in {folder}/eval for you to read."
     parts = [metrics_table(metrics) if "models" in metrics else unjudged]
     parts += [f"{title}\n{as_table(rows)}" for title, rows in further_tables(metrics).items()]

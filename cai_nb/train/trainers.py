@@ -28,6 +28,7 @@ from transformers import PreTrainedConfig, PrinterCallback, TrainerCallback, Tra
 from ..core.errors import CaiError
 from ..core.files import sync, write_safely
 from ..core.rows import batches, progress, row_id
+from ..core.shapes import TrainingFile, read_checked
 from ..lm.model import model_fingerprint, save_adapter
 from .checkpoint import newest_checkpoint
 
@@ -345,8 +346,5 @@ def finished_training(
     key: str,  # of `run_key`
 ) -> dict | None:  # its metrics
     "The metrics of a stage that this run has finished already."
-    try:
-        metrics = json.loads((Path(out) / "metrics.json").read_text())
-    except (OSError, ValueError):
-        return None
+    metrics = read_checked(Path(out) / "metrics.json", TrainingFile, missing={})
     return metrics if metrics.pop("key", None) == key else None

@@ -53,7 +53,8 @@ def run_of(folder, base, lora=None, dtype=torch.float32, size=0.3, quantization=
     (run / "sl" / "chat_template.jinja").write_text(tokenizer.chat_template)
     recipe = {"name": "small", "base": str(folder / "base"), "constitution": "hhh", "quantization": quantization}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (run / "manifest.json").write_text(json.dumps({"stages": {}}))
+    manifest = {"cai_nb": "", "constitution": {"name": "", "digest": ""}, "stages": {}}
+    (run / "manifest.json").write_text(json.dumps(manifest))
     Constitution.load("hhh").save(run / "constitution.yaml")
     return run
 
