@@ -18,6 +18,7 @@ from ..core.dialogue import encode_conversation
 from ..core.errors import CaiError
 from ..core.rows import batches, row_id
 from ..core.settings import setting
+from ..core.thoughts import split_thoughts
 from ..lm.model import add_adapters, evaluating, lora_config, model_lock, using_adapter
 from ..lm.scoring import classifier_on, last_states
 from ..train.checkpoint import SafeCheckpoints
@@ -47,7 +48,8 @@ def preference_rows(
 
 
 def _comparison(messages: list, better: str, worse: str, p: float) -> dict:
-    chosen, rejected = ([{"role": "assistant", "content": text}] for text in (better, worse))
+    answers = (split_thoughts(text)[0] for text in (better, worse))  # people's comparisons may hold a model's thoughts
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in answers)
     return {"prompt": messages, "chosen": chosen, "rejected": rejected, "p": p}
 
 
