@@ -151,8 +151,10 @@ def page_html(
     n_transcripts: int = 10,  # of each model
 ) -> str:
     "Tables, figures, transcripts and provenance as one page that needs nothing else."
-    samples = tried(seen.folder, [], lambda: read_checked_lines(seen.folder / "eval/samples.jsonl"), [])
-    said = f"<h2>Transcripts</h2>{transcripts(samples, n_transcripts)}" if samples else ""
+    problems = []
+    samples = tried(seen.folder, problems, lambda: read_checked_lines(seen.folder / "eval/samples.jsonl"), [])
+    said = transcripts(samples, n_transcripts) if samples else "".join(f"<p>{esc(line)}</p>" for line in problems)
+    said = f"<h2>Transcripts</h2>{said}" if said else ""
     body = (
         head_html(seen).replace(FURTHER_DOWN, "in the app, every text") + tables_html(seen) + figures_html(seen) + said
     )
