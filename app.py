@@ -19,6 +19,6 @@ if __name__ == "__main__":
         host=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
         port=int(os.environ.get("GRADIO_SERVER_PORT", "7860")),
         folder=os.environ.get("CAI_FOLDER") or None,
-        auth=os.environ.get("CAI_AUTH") or None,
+        auth=os.environ.get("CAI_AUTH"),
         root_path=os.environ.get("GRADIO_ROOT_PATH") or None,
     )

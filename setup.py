@@ -14,7 +14,8 @@ def lines(key):
     return [line.strip() for line in settings[key].splitlines() if line.strip()]
 
 
-# Constitutions and recipes lie at the top of the checkout, where people look for them, and inside the installed package.
+# Constitutions and recipes lie at the top of the checkout, where people look for them, and inside the installed package; so do
+# what lies in folders below them: rubrics of judges, prompts of a recipe with their card.
 folders = {f"{settings['lib_name']}.{name}": name for name in ("constitutions", "recipes")}
 data = ["*.json", "*.jsonl", "*.safetensors", "*.yaml", "*.md", "*.jinja", "*.png", "*.css", "*.js", "*.html"]
 readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8").split("\n---\n", 1)[-1]  # without the head that a Hub Space reads
@@ -34,5 +35,5 @@ setup(
     entry_points={"console_scripts": lines("console_scripts")},
     packages=[*find_packages(include=[settings["lib_name"], f"{settings['lib_name']}.*"]), *folders],
     package_dir=folders,
-    package_data={settings["lib_name"]: [f"**/{pattern}" for pattern in data], **{name: ["*.yaml"] for name in folders}},
+    package_data={settings["lib_name"]: [f"**/{pattern}" for pattern in data], **{name: ["**/*.yaml", "**/*.jsonl", "**/*.md"] for name in folders}},
 )

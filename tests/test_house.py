@@ -367,7 +367,7 @@ def test_wheel_carries_constitutions_recipes_and_mini(wheel):
     file, site = wheel
     names = {path.relative_to(site).as_posix() for path in site.rglob("*") if path.is_file()}
     for folder in ("constitutions", "recipes"):
-        files = {f"cai_nb/{folder}/{path.name}" for path in (ROOT / folder).glob("*.yaml")}
+        files = {f"cai_nb/{relative(path)}" for path in tracked() if path.is_relative_to(ROOT / folder)}
         assert files and files <= names, f"the wheel lacks {files - names}"
     data = {relative(p) for p in tracked() if p.is_relative_to(PACKAGE) and p.suffix != ".py"}
     assert any(name.endswith(".safetensors") for name in data), "mini's weights are not in the checkout"

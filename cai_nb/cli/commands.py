@@ -5,7 +5,14 @@
 # %% ../../nbs/cli/00_commands.ipynb #af8d0541
 from __future__ import annotations
 
+import os
+import shlex
+import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -130,6 +137,48 @@ def compare_files(
 
         typer.echo("\n" + disagreement_on(load_run(run), *both, limit)._repr_markdown_())
 
+# %% ../../nbs/cli/00_commands.ipynb #04f841f3
+class _Ended(BaseException):
+    "A signal asked this process to end."
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    "Around work that survives a kill: ended by a signal, it says that nothing is lost and which command goes on."
+    known = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    began = []
+
+    def end(number, frame):
+        if not began:
+            began.append(time.monotonic())
+            raise _Ended(number)
+        if time.monotonic() - began[0] > 2:  # the first one did not get through
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in known if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield
+    except _Ended as ended:
+        _say_ended(ended.args[0])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say_ended(number: int) -> None:
+    command = shlex.join(["cai-nb", *sys.argv[1:]])
+    try:
+        print(f"\ncai-nb: ended by {signal.Signals(number).name}; nothing is lost, go on with: {command}",
+              file=sys.stderr, flush=True)
+    except OSError:  # the terminal is gone
+        pass
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
 # %% ../../nbs/cli/00_commands.ipynb #8da3d878
 @app.command("run")
 def run_command(
@@ -139,6 +188,9 @@ def run_command(
         list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe's value; repeatable.")
     ] = [],
     until: Annotated[Optional[str], typer.Option(help="Stop after this stage.")] = None,
+    accept: Annotated[
+        list[str], typer.Option(metavar="FILE", help="A file of the folder that was edited on purpose; repeatable.")
+    ] = [],
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan: prompts, tokens, minutes, memory.")
     ] = False,
@@ -151,7 +203,8 @@ def run_command(
     else:
         from cai_nb.runs.pipeline import run_recipe
 
-        typer.echo(f"run folder: {run_recipe(recipe, out, sets, until)}")
+        with _resumable():
+            typer.echo(f"run folder: {run_recipe(recipe, out, sets, until, accept)}")
 
 # %% ../../nbs/cli/00_commands.ipynb #0f1b6bda
 @app.command("app")
@@ -171,11 +224,14 @@ def app_command(
     root_path: Annotated[
         Optional[str], typer.Option(help="The path under which a proxy serves the app, such as /cai.")
     ] = None,
+    allow_host: Annotated[
+        list[str], typer.Option(metavar="NAME", help="Another name of this server, or of a page that may call it.")
+    ] = [],
 ) -> None:
     "Chat with base, SL-CAI and RL-CAI side by side in the browser, look inside, vote."
     from cai_nb.app.server import serve
 
-    serve(run, host, port, share, folder=folder, auth=auth, root_path=root_path)
+    serve(run, host, port, share, folder=folder, auth=auth, root_path=root_path, allowed=allow_host)
 
 # %% ../../nbs/cli/00_commands.ipynb #d759d4a2
 @app.command("eval")
@@ -190,7 +246,8 @@ def eval_command(
     from cai_nb.runs.pipeline import evaluate_run
     from cai_nb.measure.suites import parse_suite
 
-    typer.echo(evaluate_run(run, dict(map(parse_suite, suite)), cot))
+    with _resumable():
+        typer.echo(evaluate_run(run, dict(map(parse_suite, suite)), cot))
 
 
 @app.command("report")

@@ -113,7 +113,7 @@ def load(
 ) -> Constitution:
     "Read a constitution; the first problem of a faulty file is raised as a `CaiError`."
     shipped = available_constitutions()
-    path = shipped.get(str(name_or_path), Path(name_or_path))
+    path = shipped.get(str(name_or_path), Path(name_or_path).expanduser())
     if not path.exists():
         raise CaiError(f"{name_or_path}: no such constitution; give a YAML file or one of: {', '.join(shipped)}")
     values, problems = parse_constitution(read_text(path, LARGEST_YAML), str(path))
@@ -180,6 +180,18 @@ def subset(
     return replace(self, principles=tuple(kept))
 
 # %% ../../nbs/core/13_constitution.ipynb #079dbe7a
+class _Faithful(yaml.SafeDumper):
+    "Writes a text that holds another end of a line than `\\n` in double quotes; elsewhere YAML would fold it away."
+
+
+def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    quoted = '"' if set(text) & set("\x85\u2028\u2029\ufeff") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=quoted)
+
+
+_Faithful.add_representer(str, _text_node)
+
+
 @patch
 def as_yaml(self: Constitution) -> str:
     "The constitution as YAML that `load` reads back to an equal one."
@@ -187,7 +199,7 @@ def as_yaml(self: Constitution) -> str:
     content["principles"] = [
         {k: _listed(v) for k, v in asdict(p).items() if v and (k, v) != ("weight", 1.0)} for p in self.principles
     ]
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+    return yaml.dump(content, Dumper=_Faithful, sort_keys=False, allow_unicode=True, width=110)
 
 
 @patch
@@ -196,7 +208,7 @@ def save(
     path: str | Path,  # a YAML file; written whole or not at all
 ) -> Path:
     "Write the constitution as YAML."
-    path = Path(path)
+    path = Path(path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safely(path, self.as_yaml())
     return path
@@ -241,7 +253,8 @@ def from_paper(
     folder: str | Path,  # the paper's public `prompts` folder
 ) -> Constitution:  # 16 critique/revision principles and 16 comparison principles
     "Import the paper's own principles from its public files (App. C)."
-    pairs = _paper_pairs(Path(folder) / "CritiqueRevisionInstructions.json")
-    comparisons = _paper_comparisons(Path(folder) / "RLMadisonInstructions.json")
+    folder = Path(folder).expanduser()
+    pairs = _paper_pairs(folder / "CritiqueRevisionInstructions.json")
+    comparisons = _paper_comparisons(folder / "RLMadisonInstructions.json")
     provenance = "Bai et al. 2022 (arXiv 2212.08073), public supplementary files"
     return cls("paper", (*pairs, *comparisons), provenance=provenance)

@@ -11,8 +11,11 @@ import json
 import os
 import re
 import stat
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from .errors import CaiError
@@ -135,11 +138,25 @@ def sync_name(
 
 
 def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in _CANNOT_FORCE:
+            raise
+        _say_unforced((error.strerror or str(error)).lower())
+
+
+_CANNOT_FORCE = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM}
+
+
+@cache
+def _say_unforced(reason: str) -> None:  # once in a process
+    print(f"note: this disk cannot force a folder to be synced ({reason}); the work goes on, only a power cut may lose "
+          "the names of the newest files", file=sys.stderr)
 
 # %% ../../nbs/core/01_files.ipynb #4276c6f2
 _AGAIN = "run the same command again"
@@ -185,11 +202,14 @@ def write_safely(
 ) -> None:
     "Write a file so that it is there completely or as it was before, whenever the process is killed."
     path = Path(path)
-    staged = path.with_name(f".{path.name}.part")
+    staged = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")  # of this writer alone
     with on_disk(path, "the file is as it was"):
-        staged.write_text(text, encoding="utf-8")
-        sync(staged)
-        os.replace(staged, path)
+        try:
+            staged.write_text(text, encoding="utf-8")
+            sync(staged)
+            os.replace(staged, path)
+        finally:
+            staged.unlink(missing_ok=True)
         sync_name(path)
 
 # %% ../../nbs/core/01_files.ipynb #8ae3ee2c
@@ -197,7 +217,11 @@ def file_digest(
     path: str | Path,
 ) -> str:  # 16 hexadecimal characters of its SHA-256
     "A digest of a file."
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while part := f.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()[:16]
 
 # %% ../../nbs/core/01_files.ipynb #6066c4d2
 def package_folder(

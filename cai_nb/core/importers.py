@@ -5,6 +5,7 @@
 # %% ../../nbs/core/14_importers.ipynb #59d16b0b
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from pathlib import Path
 
 from .constitution import Constitution, plain_request
 from .errors import CaiError
-from .files import read_json, read_text
-from .principle import Principle
+from .files import read_text
+from .principle import Principle, parse_constitution
+from .records import read_records
 
 # %% auto #0
 __all__ = ['import_constitution', 'SideBySide', 'compare_constitutions']
@@ -41,14 +43,29 @@ def _from_rule(
 # %% ../../nbs/core/14_importers.ipynb #9da67837
 def _rules(
     text: str,  # one rule a line
-) -> list[str]:
+) -> dict[int, str]:  # number of the line → rule
     "The rules of a plain text, without bullets, numbers, comments and blank lines."
-    lines = [re.sub(r"^\s*(?:[-*•]|\d+[.)])\s+", "", line).strip() for line in text.splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+    lines = [re.sub(r"^\s*(?:[-*•]|\d+[.)])\s+", "", line).strip() for line in text.split("\n")]
+    return {number: line for number, line in enumerate(lines, 1) if line and not line.startswith("#")}
 
 # %% ../../nbs/core/14_importers.ipynb #35d4d89d
-_SYNONYMS = {"critic": "critique", "prompt": "critique", "edit_request": "revision", "question": "comparison"}
-_LISTS = ("constitutions", "principles", "constitution")  # keys under which lists of entries are found
+_SYNONYMS = {"critic": "critique", "prompt": "critique", "edit_request": "revision", "question": "comparison",
+             "rule": "principle", "text": "principle", "statement": "principle", "name": "id"}
+_LISTS = ("constitutions", "principles", "constitution", "rules")  # keys under which lists of entries are found
+
+
+def _texts_of(entry: dict, where: str) -> dict[str, str]:
+    "The texts of an entry by our names for them; one that is empty, or no text, is an error."
+    texts = {}
+    for key, value in entry.items():
+        name = _SYNONYMS.get(str(key).strip().lower(), str(key).strip().lower())
+        if value is None or name not in ("id", "title", "critique", "revision", "comparison", "principle"):
+            continue
+        whole = " ".join(value) if isinstance(value, list) and all(isinstance(v, str) for v in value) else value
+        if not isinstance(whole, str | int) or not plain_request(str(whole)):
+            raise CaiError(f"{where}: {key} is {str(value)[:40]!r}, expected a text; write one, or remove the key")
+        texts[name] = plain_request(str(whole))
+    return texts
 
 
 def _entry(
@@ -57,41 +74,82 @@ def _entry(
     where: str,  # file and key, for messages
 ) -> Principle:
     "One imported entry as a principle."
-    if isinstance(entry, str):
+    if isinstance(entry, str) and plain_request(entry):
         return _from_rule(entry, id)
     if not isinstance(entry, dict):
-        kind = type(entry).__name__
-        raise CaiError(f"{where}: found {kind}, expected a text or {{critic, revision}}; rewrite the entry")
-    texts = {_SYNONYMS.get(key, key): value for key, value in entry.items()}
-    texts = {k: plain_request(" ".join(v) if isinstance(v, list) else str(v)) for k, v in texts.items() if v}
+        raise CaiError(f"{where}: found {str(entry)[:40]!r}, expected a text or {{critic, revision}}; "
+                       "rewrite the entry")
+    texts = _texts_of(entry, where)
     kept = {k: texts[k] for k in ("title", "critique", "revision", "comparison") if k in texts}
+    id, title = _short(texts.get("id", id), id)
+    kept = ({"title": title} if title else {}) | kept
+    if "principle" in texts and not {"critique", "revision", "comparison"} & set(kept):
+        made = _from_rule(texts["principle"], id)
+        return Principle(**vars(made) | kept)
     if "comparison" not in kept and not {"critique", "revision"} <= set(kept):
-        raise CaiError(f"{where}: found keys {', '.join(entry) or 'none'}; expected critic and revision, or comparison")
-    return Principle(id=texts.get("id", id), **kept)
+        raise CaiError(f"{where}: found keys {', '.join(map(str, entry)) or 'none'}; "
+                       "expected critic and revision, comparison, or principle")
+    return Principle(id=id, **kept)
+
+
+def _short(
+    name: str,  # what another house calls it
+    other: str,  # where nothing of it can be kept
+) -> tuple[str, str]:
+    "An id without spaces, and the name as a title if it is not the same."
+    short = re.sub(r"[^\w.-]+", "-", name).strip("-.")
+    return (name, "") if short == name else (short or re.sub(r"[^\w.-]+", "-", other).strip("-.") or "principle", name)
 
 # %% ../../nbs/core/14_importers.ipynb #f5d97b55
 def import_constitution(
-    src: str | Path,  # the paper's prompts folder, a .json file, a .yaml file of ours, or a text with one rule a line
+    src: str | Path,  # the paper's folder, .json, a table (.csv, .jsonl …), a .yaml of ours, a text of one rule a line
 ) -> Constitution:
-    "Read principles of another house into a constitution; every entry is kept or named in an error."
-    path = Path(src)
+    "Read principles of another house into a constitution that `check` accepts; what is not kept is named in an error."
+    path = Path(src).expanduser()
     if path.is_dir():
         return Constitution.from_paper(path)
     if path.suffix in (".yaml", ".yml"):
         return Constitution.load(path)
-    entries = _json_entries(path) if path.suffix == ".json" else dict(enumerate(_rules(read_text(path))))
+    entries = _entries_in(path)
     if not entries:
         raise CaiError(f"{path}: no principle found; expected entries of {{critic, revision}}, or one rule a line")
-    ids = {key: key if isinstance(key, str) else f"principle{key}" for key in entries}
-    made = [_entry(entry, ids[key], f"{path}: {key}") for key, entry in entries.items()]
+    made = [_entry(entry, id, where) for where, id, entry in entries]
+    places = [where for where, _, _ in entries]
     if doubled := [id for id, n in Counter(p.id for p in made).items() if n > 1]:
         raise CaiError(f"{path}: the id {doubled[0]!r} is used twice; rename one of them")
-    return Constitution(path.stem, tuple(made), provenance=f"imported from {path.name}")
+    constitution = Constitution(path.stem, tuple(made), provenance=f"imported from {path.name}")
+    _check_entries(constitution, places)
+    return constitution
 
 
-def _json_entries(path: Path) -> dict:
+def _entries_in(path: Path) -> list[tuple[str, str, object]]:
+    "Place, id and content of every entry of a file."
+    kind = path.suffix.lower()
+    if kind in (".csv", ".tsv", ".jsonl", ".parquet"):
+        found = [(place, record) for place, record in read_records(path) if any(record.values())]
+        return [(place, f"principle{i}", record) for i, (place, record) in enumerate(found)]
+    text = read_text(path).removeprefix("\ufeff")
+    if kind != ".json":
+        return [(f"{path}:{line}", f"principle{i}", rule) for i, (line, rule) in enumerate(_rules(text).items())]
+    entries = _json_entries(path, text)
+    return [(f"{path}: {key}", key if isinstance(key, str) else f"principle{key}",
+             {"id": key, **entry} if isinstance(key, str) and isinstance(entry, dict) else entry)
+            for key, entry in entries.items()]
+
+
+def _json_entries(path: Path, text: str) -> dict:
     "Name or number → entry, from a JSON list, a JSON mapping, or a list under a known key."
-    content = read_json(path)
+    def once(pairs: list[tuple]) -> dict:
+        if twice := [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]:
+            raise CaiError(f"{path}: the key {twice[0]!r} stands twice in one mapping; rename one of them")
+        return dict(pairs)
+
+    try:
+        content = json.loads(text, object_pairs_hook=once)
+    except json.JSONDecodeError as error:
+        raise CaiError(f"{path}:{error.lineno}: {error.msg}, expected JSON; check the file") from None
+    except RecursionError:
+        raise CaiError(f"{path}: nested too deep, expected a list of entries; check the file") from None
     if isinstance(content, dict):
         content = next((content[key] for key in _LISTS if key in content), content)
     if isinstance(content, dict):
@@ -99,6 +157,23 @@ def _json_entries(path: Path) -> dict:
     if isinstance(content, list):
         return dict(enumerate(content))
     raise CaiError(f"{path}: found {type(content).__name__}, expected a list or a mapping; rewrite the file")
+
+
+def _check_entries(
+    constitution: Constitution,
+    places: list[str],  # of each of its principles
+) -> None:
+    "Raise unless its file will be accepted by the check."
+    for place, principle in zip(places, constitution.principles):
+        try:
+            "".join(map(str, vars(principle).values())).encode()
+        except UnicodeEncodeError:
+            raise CaiError(f"{place}: half a character, which no file can hold; write the text anew") from None
+    if problems := parse_constitution(constitution.as_yaml(), "")[1]:
+        first = problems[0]
+        entry = re.match(r"principles\[(\d+)\]\.?(.*)", first.key)
+        where = f"{places[int(entry[1])]}: {entry[2] or 'entry'}" if entry else f"{places[0]}: {first.key}"
+        raise CaiError(f"{where}: {first.message}; {first.fix}")
 
 # %% ../../nbs/core/14_importers.ipynb #5216cd28
 def _likeness(

@@ -189,4 +189,4 @@ def check_constitution(
     path: str | Path,  # a YAML file
 ) -> list[Problem]:  # in order of their lines; empty when all is well
     "Everything that is wrong in a constitution file, without stopping at the first."
-    return parse_constitution(read_text(path, LARGEST_YAML), str(path))[1]
+    return parse_constitution(read_text(Path(path).expanduser(), LARGEST_YAML), str(path))[1]

@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import sys
+from codecs import getincrementaldecoder
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fastcore.basics import patch
@@ -20,7 +22,7 @@ from .files import on_disk, parse_json, read_bytes, sync_name
 from .shapes import fitted, shape_of
 
 # %% auto #0
-__all__ = ['row_id', 'RowFile', 'batches', 'progress', 'in_batches']
+__all__ = ['row_id', 'row_lines', 'RowFile', 'batches', 'progress', 'in_batches']
 
 # %% ../../nbs/core/05_rows.ipynb #85a3d727
 def row_id(
@@ -43,6 +45,13 @@ def _dump(row: dict) -> str:
         raise CaiError(f"row {name!r} holds NaN or infinity; every number must be finite") from error
 
 
+def row_lines(
+    rows: Iterable[dict],
+) -> str:
+    "Rows as the text of a whole file, for one that is written at once and does not grow."
+    return "".join(_dump(row) + "\n" for row in rows)
+
+
 def _parse(line: bytes, where: str = "") -> dict | None:
     "The row on a line, None if there is no such thing."
     try:
@@ -50,6 +59,21 @@ def _parse(line: bytes, where: str = "") -> dict | None:
     except CaiError:
         return None
     return row if isinstance(row, dict) else None
+
+# %% ../../nbs/core/05_rows.ipynb #862abb06
+def _is_begun(
+    line: bytes,  # without an end
+) -> bool:
+    "Whether this is the beginning of a row, whose rest was never written (some disks leave zeros in its place)."
+    try:
+        text = getincrementaldecoder("utf-8")().decode(line.rstrip(b"\0"))  # half a letter at the end is no fault
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        near_the_end = error.msg.startswith("Unterminated") or error.pos >= len(text) - 6  # as in tru, 1e or \u00
+        return near_the_end and text[:1] in ("", "{")
+    except (ValueError, RecursionError):
+        pass
+    return False
 
 # %% ../../nbs/core/05_rows.ipynb #91d736b4
 def _whole_rows(
@@ -59,17 +83,16 @@ def _whole_rows(
 ) -> tuple[list[dict], int]:  # the rows, and how many bytes they take, the last line's end included
     "The rows of a file without a torn tail; any other damage is an error that names its line."
     shape = shape_of(path)
-    lines = data.split(b"\n")
-    if not lines[-1]:
-        lines.pop()
+    *lines, last = data.split(b"\n")
+    if last and not _is_begun(last):
+        lines.append(last)
     rows, seen, size = [], set(), 0
     for number, line in enumerate(lines, 1):
         row = _parse(line)
-        if row is None and number == len(lines):
-            break
         if row is None:
-            raise CaiError(f"{path}:{number}: not a JSON object ({line[:40]!r}), expected one row per line; "
-                           "repair the line, or cut the file before it and resume")
+            where = f"{len(line)} bytes from byte {size} on"
+            raise CaiError(f"{path}:{number}: not a JSON object ({line[:40]!r}, {where}), "
+                           "expected one row per line; repair the line, or cut the file before it and resume")
         if not isinstance(row.get(key), str) or row[key] in seen:
             raise CaiError(f"{path}:{number}: {key} {row.get(key)!r} is missing or occurs twice; "
                            "remove the line and resume")
@@ -80,16 +103,59 @@ def _whole_rows(
     return rows, size
 
 # %% ../../nbs/core/05_rows.ipynb #3f7433a9
-def _append(path: Path, data: bytes) -> None:
-    "Add bytes to the end of a file in one write, on the disk before this returns."
+@contextmanager
+def _locked(f, path: Path):
+    "A file that no other process writes at this moment, where the file system knows locks."
+    try:
+        import fcntl
+
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise CaiError(f"{path}: another process is writing it; one at a time, wait until it has ended") from None
+    except (ImportError, OSError):  # Windows, or a network file system: what is left is the comparison of lengths
+        pass
+    yield  # closing the file frees it
+
+
+def _append(
+    path: Path,
+    data: bytes,
+    found: int,  # bytes that it had when it was read
+    whole: int,  # bytes of its whole rows, the last line's end included
+) -> None:
+    "Add bytes behind the whole rows of a file, on the disk before this returns; all of them or none."
     new = not path.exists()
     with on_disk(path, "its rows so far are kept"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab", buffering=0) as f:
-            f.write(data)
+    with open(path, "ab", buffering=0) as f, _locked(f, path):
+        size = os.fstat(f.fileno()).st_size
+        if size != found:
+            raise CaiError(f"{path}: {size} bytes, and {found} when it was read: another process writes it; "
+                           "one at a time, run the same command again when it has ended")
+        if whole < size:
+            torn = f"{size - whole} bytes from byte {whole} on"
+            print(f"note: {path}: cut off a torn last line ({torn}); its row is made again", file=sys.stderr)
+            os.ftruncate(f.fileno(), whole)
+        data = b"\n" * (whole > size) + data
+        try:
+            left = memoryview(data)
+            while left:
+                left = left[f.write(left):]
             os.fsync(f.fileno())
-        if new:
-            sync_name(path)
+        except OSError as error:
+            _take_back(f, min(whole, size))
+            reason = (error.strerror or str(error)).lower()
+            raise CaiError(f"{path}: {reason}; its rows so far are kept and nothing of this batch is in it; make room, "
+                           "then run the same command again") from error
+    if new:
+        sync_name(path)
+
+
+def _take_back(f, size: int) -> None:
+    try:
+        os.ftruncate(f.fileno(), size)
+    except OSError:  # then the next writer cuts the torn line
+        pass
 
 # %% ../../nbs/core/05_rows.ipynb #b2ece7f0
 class RowFile:
@@ -103,13 +169,11 @@ class RowFile:
         self.path, self.key = (None if path is None else Path(path)), key
         self.rows: list[dict] = []
         self.by_id: dict[str, dict] = {}
+        self._found = self._whole = 0  # bytes of the file when it was read, and of its whole rows
         if self.path is not None and self.path.exists():
             data = read_bytes(self.path)
-            rows, size = _whole_rows(data, self.path, key)
-            if size < len(data):
-                os.truncate(self.path, size)
-            elif size > len(data):
-                _append(self.path, b"\n")
+            rows, self._whole = _whole_rows(data, self.path, key)
+            self._found = len(data)
             self._admit(rows)
 
     @property
@@ -142,7 +206,7 @@ def append(
     self: RowFile,
     rows: Iterable[dict],  # new rows; an id that is already there is refused
 ) -> None:
-    "Add `rows` in one write, flushed to disk before returning."
+    "Add `rows` in one write, flushed to disk before returning; a torn tail is cut before, also where no row is new."
     lines = [_dump(row) for row in rows]
     rows = [json.loads(line) for line in lines]  # what memory holds is what the file will say
     seen = set()
@@ -152,8 +216,10 @@ def append(
             raise CaiError(f"{self.path or 'rows in memory'}: {self.key} {id!r} is missing or already there; "
                            "ids must be new strings")
         seen.add(id)
-    if self.path is not None and lines:
-        _append(self.path, "".join(line + "\n" for line in lines).encode())
+    if self.path is not None and (lines or self._found != self._whole):
+        data = "".join(line + "\n" for line in lines).encode()
+        _append(self.path, data, self._found, self._whole)
+        self._found = self._whole = self._whole + len(data)
     self._admit(rows)
 
 # %% ../../nbs/core/05_rows.ipynb #b5904e06
@@ -195,6 +261,7 @@ def in_batches(
     if twice:
         raise CaiError(f"{what or 'rows'}: {len(twice)} ids occur twice in the input (first: {twice[0]}); "
                        "remove the duplicates")
+    store.append([])  # a torn tail is gone before the work begins
     bar = progress(None, len(rows), what) if what else None
     for batch, ids in zip(batches(rows, size), batches(wanted, size)):
         if any(id not in store for id in ids):

@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from ipaddress import ip_address
 from itertools import count
 from urllib.parse import urlsplit
 
@@ -23,7 +24,7 @@ from fastcore.basics import patch
 from ..core.errors import CaiError
 
 # %% auto #0
-__all__ = ['backoff', 'Broken', 'Lacking', 'Refused', 'read_choices', 'Server', 'once']
+__all__ = ['backoff', 'Broken', 'Lacking', 'Refused', 'read_choices', 'Server', 'once', 'is_this_machine']
 
 # %% ../../nbs/lm/08_http.ipynb #ac665b0a
 def _retry_after(
@@ -248,6 +249,25 @@ def once(path: str, body: dict | None, read):
     "A dialogue of one question."
     return (yield path, body, read)
 
+# %% ../../nbs/lm/08_http.ipynb #b03cc576
+def is_this_machine(
+    host: str,  # a name or an address, without a port
+) -> bool:
+    "Whether a host is this computer, by its name alone."
+    name = host.strip("[]").rstrip(".").lower()
+    try: return ip_address(name).is_loopback
+    except ValueError: return name == "localhost" or name.endswith(".localhost")
+
+
+def _way_to(base_url: str) -> dict:
+    "Settings of the client: which way its requests take."
+    import openai
+
+    host = urlsplit(base_url).hostname or ""
+    if is_this_machine(host) or host == "0.0.0.0":
+        return {"http_client": openai.DefaultAsyncHttpxClient(trust_env=False)}
+    return {}
+
 # %% ../../nbs/lm/08_http.ipynb #ece05ffd
 def _read(read, reply, body):
     "What is wanted of a reply; an odd shape is a broken reply."
@@ -300,7 +320,12 @@ async def _follow_all(self: Server, dialogues: list) -> list:
     openai, patience, gate = _openai(), _Patience(self.patience, self.base_url), asyncio.Semaphore(self.in_flight)
     key = self.api_key or os.environ.get("OPENAI_API_KEY") or "EMPTY"
     waits = openai.Timeout(None, connect=10.0)  # the rest is timed with each question, as a whole
-    async with openai.AsyncOpenAI(base_url=self.base_url, api_key=key, max_retries=0, timeout=waits) as client:
+    way = {"base_url": self.base_url, "api_key": key, "max_retries": 0, "timeout": waits}
+    try: client = openai.AsyncOpenAI(**way, **_way_to(self.base_url))
+    except (ImportError, ValueError) as error:  # a proxy whose scheme cannot be spoken
+        raise CaiError(f"{self.base_url}: the proxy of the environment cannot be used: {error}; unset it, or name this "
+                       "host in NO_PROXY") from None
+    async with client:
         tasks = [asyncio.ensure_future(self._follow_one(client, dialogue, gate, patience)) for dialogue in dialogues]
         try:
             return await asyncio.gather(*tasks)

@@ -145,7 +145,8 @@ class RLConfig:
         algorithm = ALGORITHMS[self.algorithm]
         return getattr(trl, algorithm.config)(
             max_steps=self.steps, num_generations=self.group_size, beta=self.beta, temperature=self.temperature,
-            max_completion_length=self.max_new_tokens, shuffle_dataset=False, **algorithm.settings,
+            max_completion_length=self.max_new_tokens, shuffle_dataset=False, router_aux_loss_coef=0.0,
+            **algorithm.settings,
             **stage_settings(self, out, model) | {"logging_steps": 1},
         )
 

@@ -139,7 +139,7 @@ class SLConfig:
         from trl import SFTConfig
 
         return SFTConfig(num_train_epochs=self.epochs, max_length=None, dataset_kwargs={"skip_prepare_dataset": True},
-                         **stage_settings(self, out, model))
+                         router_aux_loss_coef=0.0, **stage_settings(self, out, model))
 
 # %% ../../nbs/method/02_sl.ipynb #b981892f
 def _sl_trainer(model, tokenizer, encoded, config, out):
@@ -152,7 +152,7 @@ def _sl_trainer(model, tokenizer, encoded, config, out):
         "TRL's SFTTrainer with safe checkpoints and batches of similar length."
 
     set_seed(config.seed)  # the adapter starts from random numbers
-    adapted = get_peft_model(model, lora_config(config.lora_r, config.lora_alpha))
+    adapted = get_peft_model(model, lora_config(config.lora_r, config.lora_alpha, model=model))
     return SLTrainer(
         adapted, config.trainer(out, model), train_dataset=Dataset.from_list(encoded), processing_class=tokenizer
     )

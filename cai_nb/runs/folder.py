@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
+import shutil
 import sys
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 
-from ..core.constitution import Constitution
-from ..core.files import write_safely
+from ..core.constitution import Constitution, available_constitutions
+from ..core.files import sync_name, write_safely
 from ..core.rows import RowFile
 from ..core.shapes import read_checked
 
@@ -61,18 +63,41 @@ class Run:
     folder: Path
     recipe: dict  # with every default filled in
     manifest: dict = field(default_factory=dict)
+    beside: dict[str, str] = field(default_factory=dict)  # folder → where it is made anew, until it is whole
+    recipe_folder: Path | None = None  # where the recipe's own file stands
+
+    def __post_init__(self):
+        self.folder = Path(self.folder).expanduser()
 
     def save(self) -> None:
         "Write the manifest, whole or not at all."
         write_safely(self.folder / "manifest.json", json.dumps(self.manifest, indent=1) + "\n")
 
     def file(self, name: str) -> Path:
-        "A file of the folder."
-        return self.folder / name
+        "A file of the folder; of one that is made anew, where it is made."
+        top, slash, rest = name.partition("/")
+        return self.folder / (self.beside.get(top, top) + slash + rest)
 
     def rows(self, name: str) -> list[dict]:
         "The rows of one of its row files."
         return RowFile(self.file(name), key="pair_id" if name.startswith("labels") else "id").rows
+
+    def settle(self) -> None:
+        "Let what was made anew take its place, also where a kill came in between; only for the folder's owner."
+        if (entry := self.manifest.get("pending")) is None:
+            return
+        now, new, old = (self.folder / f"eval{ending}" for ending in ("", ".new", ".old"))
+        if new.exists():
+            if now.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.rename(now, old)
+            os.rename(new, now)
+            sync_name(now)
+        self.manifest["stages"]["eval"] = entry
+        for key in ("pending", "again"):
+            self.manifest.pop(key, None)
+        self.save()
+        shutil.rmtree(old, ignore_errors=True)
 
     def train_prompts(self, kind: str | None = None) -> list[dict]:
         "Training prompts, all or those of one kind (harmful, helpful)."
@@ -91,11 +116,22 @@ class Run:
         "Whether a stage is finished."
         return self.entry(stage).get("status") == "done"
 
+    def source(self, written: str) -> str:
+        "A file that the recipe names: beside the recipe's own file if it stands there, else as written."
+        folder = self.recipe_folder or self.manifest.get("recipe_folder")
+        found = Path(folder).expanduser() / Path(written).expanduser() if folder else Path(written)
+        return str(found) if found.exists() else written
+
     @cached_property
     def constitution(self) -> Constitution:
         "The folder's own copy, so that the folder can be moved or mailed; the recipe's before there is one."
         own = self.file("constitution.yaml")
-        return Constitution.load(own if own.exists() else self.recipe["constitution"])
+        return Constitution.load(own) if own.exists() else self.named_constitution()
+
+    def named_constitution(self) -> Constitution:
+        "The constitution that the recipe names, whatever the folder holds."
+        name = self.recipe["constitution"]
+        return Constitution.load(name if name in available_constitutions() else self.source(name))
 
 # %% ../../nbs/runs/00_folder.ipynb #94e26ef4
 def read_manifest(

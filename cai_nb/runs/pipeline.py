@@ -5,21 +5,26 @@
 # %% ../../nbs/runs/13_pipeline.ipynb #d11485bb
 from __future__ import annotations
 
+import json
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from ..core.errors import CaiError
-from ..core.files import file_digest
-from ..core.shapes import read_checked
+from ..core.files import file_digest, sync, write_safely
+from ..core.lock import folder_lock
+from ..core.seals import check_seals, seal
+from ..core.shapes import MetricsFile, read_checked
 from .eval_stage import evaluate_suites_of
-from .folder import Run, read_manifest, say
+from .folder import Run, code_digest, read_manifest, say
 from .overview import further_tables
 from .page import write_page
-from .recipe import STAGES, load_run, open_run
+from .recipe import COPIES, STAGES, check_left, load_recipe, load_run, open_run
 from .stage import Stage
 
 # %% auto #0
-__all__ = ['run_stage', 'results', 'run_recipe', 'evaluate_run']
+__all__ = ['run_stage', 'check_inputs', 'results', 'run_recipe', 'evaluate_run']
 
 # %% ../../nbs/runs/13_pipeline.ipynb #65aa3ec0
 def run_stage(
@@ -30,7 +35,10 @@ def run_stage(
     entry = run.manifest["stages"].setdefault(stage.name, {"status": "started", "seconds": 0.0})
     if entry["status"] == "done":
         return
+    check_inputs(run, stage)
     say(f"[{STAGES.index(stage) + 1}/{len(STAGES)}] {stage.name}")
+    entry |= {"read": seal(run.folder, (*COPIES, *stage.reads))}
+    entry.pop("wrote", None)
     run.save()
     start = time.perf_counter()
     try:
@@ -38,11 +46,24 @@ def run_stage(
     finally:
         entry["seconds"] = round(entry["seconds"] + time.perf_counter() - start, 1)
         run.save()
-    run.manifest["stages"][stage.name] = entry | {"status": "done", "counts": counts}
+    wrote = seal(run.folder, stage.writes)
+    run.manifest["stages"][stage.name] = entry | {"status": "done", "counts": counts, "wrote": wrote}
     if stage.name == "prompts":
         run.manifest["data"] = {"prompts.jsonl": file_digest(run.file("prompts.jsonl"))}
     run.save()
     say(f"      {entry['seconds']:.0f} s   {_numbers(counts)}")
+
+
+def check_inputs(
+    run: Run,
+    stage: Stage,
+) -> None:
+    "Raise if what a stage is going to read is not as the stages before left it."
+    check_seals(run.folder, run.manifest, (*COPIES, *stage.reads))
+    for name in stage.reads:  # a run from before there were seals
+        maker = name.removesuffix(".jsonl").rstrip("/")
+        if run.done(maker) and not run.file(name).exists():
+            raise CaiError(f"{run.file(name)}: missing, and stage {maker} is done; put it back, or take another --out")
 
 
 def _numbers(counts: dict) -> str:
@@ -74,18 +95,21 @@ def run_recipe(
     out: Path | None = None,  # the run folder
     sets: list[str] = (),  # changes such as "prompts.limit=64"
     until: str | None = None,  # the last stage
+    accepted: list[str] = (),  # files of the folder whose edits are meant
 ) -> Path:  # the run folder
     "Carry out a recipe, all stages or up to one; the same call resumes a run that was stopped."
     names = [stage.name for stage in STAGES]
     if until is not None and until not in names:
         raise CaiError(f"--until {until}: no such stage; stages are {', '.join(names)}")
-    run = open_run(recipe, out, sets)
-    for stage in STAGES[:names.index(until) + 1] if until else STAGES:
-        run_stage(run, stage)
-    if until in (None, names[-1]):
-        write_page(run.folder)
-        say(results(run.folder))
-    return run.folder
+    folder = Path(out or Path("runs") / load_recipe(recipe, sets)["name"])
+    with folder_lock(folder, "cai-nb run"):
+        run = open_run(recipe, folder, sets, accepted)
+        for stage in STAGES[:names.index(until) + 1] if until else STAGES:
+            run_stage(run, stage)
+        if until in (None, names[-1]):
+            write_page(folder)
+            say(results(folder))
+    return folder
 
 # %% ../../nbs/runs/13_pipeline.ipynb #a2267713
 def evaluate_run(
@@ -94,16 +118,53 @@ def evaluate_run(
     n_cot: int = 0,  # chains of thought to each of their questions
 ) -> str:  # its tables
     "Evaluate a finished run again, or on the paper's suites."
-    run, (*before, last) = load_run(folder), STAGES
-    for stage in before:
-        if not run.done(stage.name):
+    for stage in STAGES[:-1]:
+        if not load_run(folder).done(stage.name):
             raise CaiError(f"{folder}: stage {stage.name} is not done; finish the run first: cai-nb run")
-    if not suites:
-        for old in run.file("eval").glob("*.jsonl") if run.file("eval").exists() else ():
-            old.unlink()
-        run.manifest["stages"].pop(last.name, None)
+    with folder_lock(folder, "cai-nb eval"):
+        _evaluate(load_run(folder), STAGES[-1], suites, n_cot)
+    write_page(folder)
+    return results(folder)
+
+
+def _evaluate(run: Run, last: Stage, suites: dict | None, n_cot: int) -> None:
+    "The last stage anew, or the suites beside what it measured."
+    run.settle()
+    check_left(run)
+    if not suites and run.done(last.name):
+        return _evaluate_anew(run, last)
     run_stage(run, last)
     if suites:
         evaluate_suites_of(run, suites, n_cot)
-    write_page(folder)
-    return results(folder)
+        run.manifest["stages"][last.name]["wrote"] = seal(run.folder, last.writes)
+        run.save()
+
+
+def _evaluate_anew(run: Run, last: Stage) -> None:
+    "Evaluate beside what stands, and let it take its place when it is whole; a kill in between loses neither."
+    again, new = replace(run, beside={"eval": "eval.new"}), run.file("eval.new")
+    begun = {"read": seal(run.folder, (*COPIES, *last.reads)), "cai_nb": code_digest()}
+    if run.manifest.get("again") != begun:
+        shutil.rmtree(new, ignore_errors=True)  # begun with other models: nobody's
+    run.manifest["again"] = begun
+    run.save()
+    say(f"[{STAGES.index(last) + 1}/{len(STAGES)}] {last.name}, beside the one that stands")
+    start = time.perf_counter()
+    counts = last.run(again)
+    _carry_suites(run.file("eval"), new)
+    wrote = {name.replace("eval.new/", "eval/", 1): digest for name, digest in seal(run.folder, ["eval.new/"]).items()}
+    run.manifest["pending"] = {"status": "done", "seconds": round(time.perf_counter() - start, 1), "counts": counts,
+                               "read": begun["read"], "wrote": wrote}
+    sync(new)
+    run.save()
+    run.settle()
+
+
+def _carry_suites(old: Path, new: Path) -> None:
+    "What was measured on suites still holds: the models are the same."
+    before = read_checked(old / "metrics.json", MetricsFile, missing={})
+    metrics = read_checked(new / "metrics.json", MetricsFile)
+    if "suites" in before:
+        write_safely(new / "metrics.json", json.dumps(metrics | {"suites": before["suites"]}, indent=1) + "\n")
+    if (old / "suites.jsonl").exists():
+        shutil.copyfile(old / "suites.jsonl", new / "suites.jsonl")

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core.errors import CaiError
 from .folder import Run
 from .prompts_stage import EVAL_SETS, sources_of
-from .recipe import STAGES, load_recipe
+from .recipe import STAGES, load_recipe, recipe_file
 from .rl_stages import comparisons_of
 from .roles import ROLES, base_of
 from .stage import Amounts, Work
@@ -280,8 +280,8 @@ def plan_recipe(
     sets: list[str] = (),  # changes such as "prompts.limit=64"
 ) -> Plan:  # its text is what `--dry-run` prints
     "The plan of a run; writes nothing."
-    recipe = load_recipe(recipe, sets)
-    run = Run(Path(out or "."), recipe)
+    recipe_folder, recipe = recipe_file(recipe).parent, load_recipe(recipe, sets)
+    run = Run(Path(out or Path("runs") / recipe["name"]), recipe, recipe_folder=recipe_folder)
     rows = {kind: found for kind, (found, _) in sources_of(run).items()}
     train = {kind: [row for row in found if row["split"] == "train"] for kind, found in rows.items()}
     held_out = [row for found in rows.values() for row in found if row["split"] == "eval"]
@@ -332,8 +332,9 @@ def _itemsize(card: dict | None) -> int:
 def _sizes_of(base: str) -> Sizes:
     from transformers import AutoConfig
 
+    folder = Path(base).expanduser()
     try:
-        return Sizes.of(AutoConfig.from_pretrained(base, trust_remote_code=False))
+        return Sizes.of(AutoConfig.from_pretrained(folder if folder.is_dir() else base, trust_remote_code=False))
     except (OSError, ValueError) as error:
         raise CaiError(f"recipe: base {base!r}: its config.json cannot be read ({str(error).splitlines()[0]}); "
                        "expected a folder, or a hub id within reach") from error

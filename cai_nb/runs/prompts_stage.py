@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from itertools import cycle, islice
 
 from ..core.errors import CaiError
-from ..core.rows import RowFile
+from ..core.files import write_safely
+from ..core.rows import row_lines
 from ..core.settings import setting
 from .folder import Run, say
 from .roles import lm_of
@@ -17,7 +18,7 @@ from .stage import RowKind, Stage
 
 # %% auto #0
 __all__ = ['EVAL_SETS', 'TRAIN_SETS', 'PROMPTS', 'world_prompts', 'training_prompts', 'PromptsSettings', 'HelpfulnessSettings',
-           'prompt_source', 'sources_of', 'check_no_overlap']
+           'prompt_source', 'comparison_source', 'sources_of', 'check_no_overlap']
 
 # %% ../../nbs/runs/03_prompts_stage.ipynb #157990ce
 EVAL_SETS = (
@@ -65,30 +66,63 @@ class PromptsSettings:
 @dataclass(frozen=True)
 class HelpfulnessSettings:
     "Helpfulness prompts and comparisons (paper §3.2, §4.2)."
-    path: str = setting("mini", "mini's world, a file, or a data set of a hub")
+    path: str | None = setting("mini", "mini's world, a file, or a data set of a hub; null: none", null=True)
     limit: int = setting(320, "prompts", low=1)
     every_turn: bool = setting(False, "each human turn of a dialogue is a prompt of its own, as in the paper")
     generate: int = setting(0, "so many more, written by the base after the example of these", low=0)
     samples: int = setting(1, "replies of the helpful model to each (paper: 2)", low=1)
-    comparisons: str | None = setting("mini", "comparisons by people: mini's world, a file, or a data set", null=True)
+    comparisons: str | None = setting("mini", "by people: mini's world, a file, or a data set; null: none", null=True)
     comparisons_limit: int = setting(400, "comparisons", low=1)
+
+    def __post_init__(self):
+        if self.path is None and self.generate:
+            raise CaiError("recipe: helpfulness.generate is above 0 with helpfulness.path null; "
+                           "name prompts after which others are written")
 
 
 _KINDS = {"harmful": "prompts", "helpful": "helpfulness"}  # kind of a prompt → section of the recipe
 
 # %% ../../nbs/runs/03_prompts_stage.ipynb #6d491a6a
+def _fate(report) -> dict:
+    "What became of the rows of a source, for the manifest; it is said as well."
+    say(f"      {report}")
+    said = {"said": report.said} if report.said else {}
+    return {"rows": report.read, "kept": report.kept, "skipped": report.skipped, **said}
+
+
 def prompt_source(
     section: PromptsSettings | HelpfulnessSettings,
     kind: str,  # "harmful" or "helpful"
     seed: int,
+    find=str,  # where a name is found: `Run.source`
 ) -> tuple[list[dict], dict]:  # rows, and what became of each row that was read
     "Prompts of one kind from the recipe's source."
+    if section.path is None:
+        return [], {}
     if section.path == "mini":
         return training_prompts(kind, section.limit, seed), {}
     from cai_nb.core.prompts import read_prompts
 
-    rows, report = read_prompts(section.path, limit=section.limit, kind=kind, every_turn=section.every_turn, seed=seed)
-    return rows, {"rows": report.read, "kept": report.kept, "skipped": report.skipped}
+    rows, report = read_prompts(find(section.path), section.limit, kind, section.every_turn, seed)
+    return rows, _fate(report)
+
+
+def comparison_source(
+    section: HelpfulnessSettings,
+    seed: int,
+    find=str,  # where a name is found: `Run.source`
+) -> tuple[list[dict], dict]:  # rows {id, messages, chosen, rejected}, and what became of each row that was read
+    "Helpfulness comparisons to train on, from the recipe's source (paper §4.2: by people)."
+    if section.comparisons is None:
+        return [], {}
+    if section.comparisons == "mini":
+        from cai_nb.mini.world import helpful_comparisons
+
+        return helpful_comparisons(section.comparisons_limit, seed), {}
+    from cai_nb.core.prompts import read_comparisons
+
+    rows, report = read_comparisons(find(section.comparisons), limit=section.comparisons_limit)
+    return rows, _fate(report)
 
 
 def sources_of(
@@ -97,7 +131,7 @@ def sources_of(
     "The prompts of both kinds, as the recipe's sources give them."
     sections = {"harmful": run.settings(PromptsSettings, "prompts"),
                 "helpful": run.settings(HelpfulnessSettings, "helpfulness")}
-    return {kind: prompt_source(section, kind, run.recipe["seed"]) for kind, section in sections.items()}
+    return {kind: prompt_source(section, kind, run.recipe["seed"], run.source) for kind, section in sections.items()}
 
 # %% ../../nbs/runs/03_prompts_stage.ipynb #c5c818d1
 def check_no_overlap(
@@ -148,14 +182,43 @@ def _prompts(run: Run) -> dict:
     "prompts.jsonl: training prompts of both kinds, and evaluation prompts."
     rows, counts = _gather(run)
     check_no_overlap(rows)
-    store = RowFile(run.file("prompts.jsonl"))
-    store.append([row for row in rows if row["id"] not in store])
     for kind in _KINDS:
         for split in ("train", "eval"):
-            counts[f"{kind}_{split}"] = sum(row["kind"] == kind and row["split"] == split for row in store.rows)
-    if not counts["harmful_train"]:
-        raise CaiError(f"{run.recipe['prompts']['path']}: no red-team prompt is left for training; give more rows")
+            counts[f"{kind}_{split}"] = sum(row["kind"] == kind and row["split"] == split for row in rows)
+    _check_enough(run, counts)
+    _keep(run, rows)
     return counts
+
+
+def _check_enough(run: Run, counts: dict) -> None:
+    "Raise if a source that the recipe names gives nothing to train on: now, and not after the hours of another stage."
+    found = {"prompts.path": ("red-team prompt", counts["harmful_train"], counts.get("read_harmful")),
+             "helpfulness.path": ("helpfulness prompt", counts["helpful_train"], counts.get("read_helpful"))}
+    rows, fate = comparison_source(run.settings(HelpfulnessSettings, "helpfulness"), run.recipe["seed"], run.source)
+    found["helpfulness.comparisons"] = "comparison", len(rows), fate
+    if fate:
+        counts["read_comparisons"] = fate
+    for key, (what, n, fate) in found.items():
+        section, name = key.split(".")
+        if n or run.recipe[section][name] is None:
+            continue
+        said = (fate or {}).get("said", {})
+        sides = ", ".join(f"{side} ({count})" for side, count in said.items())
+        why = f"its column split says {sides}, and never train" if said else f"what became of its rows: {fate}"
+        raise CaiError(f"{key} {run.recipe[section][name]}: no {what} is left for training; {why}; "
+                       f"{'remove the column, or name other rows' if said else 'give other rows, or more'}")
+
+
+def _keep(run: Run, rows: list[dict]) -> None:
+    "Write all prompts at once; those of an earlier reading that was not finished are not mixed in."
+    path, text = run.file("prompts.jsonl"), row_lines(rows)
+    before = path.read_bytes() if path.exists() else b""
+    if before not in (b"", text.encode()):
+        if run.file("chains.jsonl").exists():
+            raise CaiError(f"{path}: not the prompts that the recipe's sources give now, and chains.jsonl was made of "
+                           "it; put the sources back, or take another --out")
+        say("      prompts.jsonl was left unfinished, of other rows: it is written anew")
+    write_safely(path, text)
 
 
 PROMPTS = Stage(

@@ -131,7 +131,7 @@ class Records:
     def comparisons(self) -> dict[str, dict] | None:
         "The helpfulness comparisons by id. They are not in the folder: None if their source is not at hand."
         source = self.run.recipe["helpfulness"]["comparisons"]
-        if source not in (None, "mini") and not Path(source).exists():
+        if source not in (None, "mini") and not Path(self.run.source(source)).expanduser().exists():
             return None
         kept, _ = comparisons_of(self.run, list(self.files["prompts"].whole()))
         return {row["id"]: row for row in kept}

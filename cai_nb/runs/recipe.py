@@ -5,18 +5,20 @@
 # %% ../../nbs/runs/07_recipe.ipynb #7375e325
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ..core.constitution import Constitution
+from ..core.constitution import available_constitutions
 from ..core.errors import CaiError
-from ..core.files import package_folder, write_safely
+from ..core.files import file_digest, package_folder, sync_name, write_safely
+from ..core.seals import accept_edit, check_seals
 from ..core.settings import checked, describe, setting, suggestion
 from ..core.yaml_text import YamlError, dump_yaml, read_yaml, yaml_value
 from .eval_stage import EVAL
-from .folder import Run, code_digest, read_manifest, versions
+from .folder import Run, code_digest, read_manifest, say, versions
 from .prompts_stage import PROMPTS
 from .rl_stages import LABELS, PAIRS, PREFERENCE, RL
 from .roles import JUDGES
@@ -24,9 +26,9 @@ from .sl_stages import CHAINS, SL
 from .stage import Stage
 
 # %% auto #0
-__all__ = ['STAGES', 'stage_named', 'GeneralSettings', 'ServerSettings', 'sections', 'all_defaults', 'merge', 'available_recipes',
-           'load_recipe', 'parse_set', 'check_together', 'differences', 'filled', 'written_recipe', 'read_recipe',
-           'load_run', 'open_run']
+__all__ = ['STAGES', 'COPIES', 'stage_named', 'GeneralSettings', 'ServerSettings', 'sections', 'all_defaults', 'merge',
+           'available_recipes', 'recipe_file', 'load_recipe', 'parse_set', 'check_together', 'differences', 'filled',
+           'written_recipe', 'read_recipe', 'load_run', 'open_run', 'check_left']
 
 # %% ../../nbs/runs/07_recipe.ipynb #ed520d3d
 STAGES: tuple[Stage, ...] = (PROMPTS, CHAINS, SL, PAIRS, LABELS, PREFERENCE, RL, EVAL)
@@ -109,9 +111,11 @@ def available_recipes() -> list[str]:
     return sorted(p.stem for p in package_folder("recipes").glob("*.yaml"))
 
 
-def _recipe_file(name_or_path: str | Path) -> Path:
-    "A recipe's file: one of the package's by its name, or any path."
-    path, shipped = Path(name_or_path), package_folder("recipes") / f"{name_or_path}.yaml"
+def recipe_file(
+    name_or_path: str | Path,  # the name of one that comes with the package, or a YAML file
+) -> Path:
+    "A recipe's file; files that it names are looked for beside it first."
+    path, shipped = Path(name_or_path).expanduser(), package_folder("recipes") / f"{name_or_path}.yaml"
     if not path.suffix and shipped.exists():
         return shipped
     if not path.is_file():
@@ -132,11 +136,27 @@ def load_recipe(
     sets: list[str] = (),  # changes such as `prompts.limit=64`
 ) -> dict:
     "A recipe with every default filled in, and every value checked."
-    path = _recipe_file(name_or_path)
-    recipe = merge(all_defaults(), _parsed(path), str(path))
-    for change in sets:
-        recipe = merge(recipe, parse_set(change), f"--set {change}")
+    path = recipe_file(name_or_path)
+    said = {str(path): _parsed(path)} | {f"--set {change}": parse_set(change) for change in sets}
+    recipe = all_defaults()
+    for where, changes in said.items():
+        recipe = merge(recipe, changes, where)
+    _check_data(recipe, list(said.values()), str(path))
     return check_together(recipe)
+
+
+_DATA = (("prompts", "path"), ("helpfulness", "path"), ("helpfulness", "comparisons"))  # by default of mini's world
+
+
+def _check_data(recipe: dict, said: list[dict], where: str) -> None:
+    "Raise if a default, of which nobody said a word, would train another model on the data of mini's world."
+    if "mini" in (recipe["base"], recipe["judge"]):
+        return
+    unsaid = [f"{section}.{key}" for section, key in _DATA if not any(key in part.get(section, {}) for part in said)]
+    if unsaid:
+        way = "name a file or a data set as recipe t4 does" + ", or null for none" * ("prompts.path" not in unsaid)
+        raise CaiError(f"{where}: {' and '.join(unsaid)}: nothing is said of it, and the default, the data of mini's "
+                       f"world, is not for the base {recipe['base']}; {way}")
 
 # %% ../../nbs/runs/07_recipe.ipynb #0b25b490
 def parse_set(
@@ -202,7 +222,7 @@ def written_recipe(
     folder: str | Path,  # a run folder
 ) -> dict:
     "The recipe of a run folder as it is written there, every value checked; keys of other versions stay as they are."
-    path = Path(folder) / "recipe.yaml"
+    path = Path(folder).expanduser() / "recipe.yaml"
     if not path.is_file():
         raise CaiError(f"{folder}: no recipe.yaml, so this is no run folder; "
                        f"make one with: cai-nb run mini --out {folder}")
@@ -228,23 +248,43 @@ def load_run(
     folder: str | Path,
 ) -> Run:
     "A run that exists, by its folder alone."
-    return Run(Path(folder), read_recipe(folder), read_manifest(Path(folder)))
+    folder = Path(folder).expanduser()
+    return Run(folder, read_recipe(folder), read_manifest(folder))
 
 # %% ../../nbs/runs/07_recipe.ipynb #6124403e
 def open_run(
     recipe: str | Path,  # a recipe's name, or a YAML file
     out: Path | None = None,  # the folder; None: `runs/<name of the recipe>`
     sets: list[str] = (),  # changes such as "prompts.limit=64"
+    accepted: list[str] = (),  # files of the folder whose edits are meant
 ) -> Run:
-    "Start a run folder, or come back to one with the same recipe."
-    recipe = load_recipe(recipe, sets)
-    run = Run(Path(out or Path("runs") / recipe["name"]), recipe)
+    "Start a run folder, or come back to one with the same recipe; what is done must be as it was left."
+    recipe_folder, recipe = recipe_file(recipe).parent.resolve(), load_recipe(recipe, sets)
+    run = Run(Path(out or Path("runs") / recipe["name"]), recipe, recipe_folder=recipe_folder)
     run.folder.mkdir(parents=True, exist_ok=True)
     if run.file("recipe.yaml").exists():
-        _come_back(run)
+        _come_back(run, accepted)
+    elif accepted:
+        raise CaiError(f"--accept {accepted[0]}: {run.folder} is no run folder yet, so nothing is to accept")
     else:
+        if run.file("manifest.json").exists() and read_manifest(run.folder).get("stages"):
+            raise CaiError(f"{run.file('recipe.yaml')}: missing, and {run.folder} has stages that were begun; "
+                           "put it back, or take another --out")
         _begin(run)
     return run
+
+
+COPIES = ("recipe.yaml", "constitution.yaml")  # with which a run begins, and which every stage reads
+
+
+def check_left(
+    run: Run,
+) -> None:
+    "Raise if anything that a stage reads is not as it was left, and name it."
+    check_seals(run.folder, run.manifest, {*COPIES, *(name for stage in STAGES for name in stage.reads)})
+    if run.file("constitution.yaml").exists() and run.constitution.digest != run.manifest["constitution"]["digest"]:
+        raise CaiError(f"{run.file('constitution.yaml')}: its principles are not those with which this run began; "
+                       "put it back, or take another --out")
 
 
 def _begin(run: Run) -> None:
@@ -253,16 +293,50 @@ def _begin(run: Run) -> None:
     run.manifest = {
         "cai_nb": code_digest(), "versions": versions(), "machine": platform.platform(), "seed": run.recipe["seed"],
         "constitution": {"name": run.constitution.name, "digest": run.constitution.digest}, "stages": {}}
+    named = [run.recipe["constitution"], *(run.recipe[section][key] for section, key in _DATA)]
+    if any(name and run.source(name) != name for name in named):  # something stands beside the recipe
+        run.manifest["recipe_folder"] = str(run.recipe_folder)
+    write_safely(run.file(".recipe.yaml"), dump_yaml(run.recipe))
+    sealed = {name.lstrip("."): file_digest(run.file(name)) for name in (".recipe.yaml", "constitution.yaml")}
+    run.manifest["wrote"] = sealed
     run.save()
-    write_safely(run.file("recipe.yaml"), dump_yaml(run.recipe))
+    os.replace(run.file(".recipe.yaml"), run.file("recipe.yaml"))
+    sync_name(run.file("recipe.yaml"))
 
 
-def _come_back(run: Run) -> None:
+def _come_back(run: Run, accepted: list[str]) -> None:
     "Check that a folder is of the same making."
-    if changed := differences(read_recipe(run.folder), run.recipe):
+    run.manifest = read_manifest(run.folder)
+    run.settle()
+    for file in accepted:
+        _accept(run, file)
+    check_left(run)
+    before, same = read_recipe(run.folder), _same_constitution(run)
+    if changed := differences(before | ({"constitution": run.recipe["constitution"]} if same else {}), run.recipe):
         raise CaiError(f"{run.file('recipe.yaml')}: this folder was started with another recipe "
                        f"({'; '.join(changed[:4])}); take another --out, or remove it")
-    run.manifest = read_manifest(run.folder)
-    if run.manifest["constitution"]["digest"] != Constitution.load(run.recipe["constitution"]).digest:
+    if not same:
         raise CaiError(f"{run.folder}: constitution {run.recipe['constitution']} has changed since this run began; "
                        "take another --out, or remove it")
+
+
+def _same_constitution(run: Run) -> bool:
+    "Whether the constitution is that of the run, wherever its file is now; where it is gone, the folder's copy counts."
+    name, made = run.recipe["constitution"], run.manifest["constitution"]
+    there = name in available_constitutions() or Path(run.source(name)).expanduser().exists()
+    if not there and run.file("constitution.yaml").exists():
+        say(f"note: constitution {name} is no longer there; the copy in {run.folder} is used")
+        return run.constitution.digest == made["digest"]
+    return run.named_constitution().digest == made.get("source", made["digest"])
+
+
+def _accept(run: Run, file: str) -> None:
+    "Record an edit that is meant."
+    records = accept_edit(run.folder, run.manifest, file)
+    made = run.manifest["constitution"]
+    if any(record["file"] == "constitution.yaml" for record in records):
+        made |= {"source": made.get("source", made["digest"]), "digest": run.constitution.digest}
+    run.save()
+    for record in records:
+        before = f"; read before by {', '.join(record['read_before_by'])}" if record["read_before_by"] else ""
+        say(f"accepted: {record['file']}, {record['was']} → {record['is']}, by {record['by']}{before}")

@@ -11,7 +11,7 @@ from ..core.errors import CaiError
 from ..core.settings import setting
 from ..method.comparison import COMPARISON_LAYOUTS
 from .folder import Run, say
-from .prompts_stage import HelpfulnessSettings
+from .prompts_stage import HelpfulnessSettings, comparison_source
 from .roles import adapted, base_of, flag_of, lm_of, say_read
 from .sl_stages import chosen, facts
 from .stage import Amounts, Role, RowKind, Stage, Work, left_out, metrics_of, share
@@ -141,16 +141,11 @@ def comparisons_of(
     list[dict], list[dict]
 ]:  # rows {id, messages, chosen, rejected}; those that open as an evaluation prompt does
     "Helpfulness comparisons of the recipe's source to train on (paper §4.2: by people), and what must stay outside."
-    from cai_nb.core.prompts import load_comparisons, without_prompts
+    from cai_nb.core.prompts import without_prompts
 
-    h, held_out = run.settings(HelpfulnessSettings, "helpfulness"), [row for row in prompts if row["split"] == "eval"]
-    if h.comparisons is None:
-        return [], []
-    if h.comparisons == "mini":
-        from cai_nb.mini.world import helpful_comparisons
-
-        return without_prompts(helpful_comparisons(h.comparisons_limit, run.recipe["seed"]), held_out)
-    return without_prompts(load_comparisons(h.comparisons, limit=h.comparisons_limit), held_out)
+    held_out = [row for row in prompts if row["split"] == "eval"]
+    rows, _ = comparison_source(run.settings(HelpfulnessSettings, "helpfulness"), run.recipe["seed"], run.source)
+    return without_prompts(rows, held_out)
 
 
 def _preference_settings() -> dict[str, type]:

@@ -23,7 +23,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import PreTrainedConfig, PrinterCallback, TrainerCallback, TrainingArguments
 
 from ..core.errors import CaiError
 from ..core.files import sync, write_safely
@@ -39,6 +39,8 @@ def strip_adapters(
     "Put the original layers back in place of all PEFT layers."
     for name, module in list(model.named_modules()):
         parent, _, leaf = name.rpartition(".")
+        if "base_layer" in name.split("."):  # layers on layers, as on experts: the outermost gives back the original
+            continue
         if isinstance(module, BaseTunerLayer):
             setattr(model.get_submodule(parent), leaf, module.get_base_layer())
         elif isinstance(module, ModulesToSaveWrapper):
@@ -50,8 +52,8 @@ class _Condition:
 
     def __init__(self, model):
         self.model, self.attributes = model, dict(model.__dict__)
-        configs = [config for config in (model.config, getattr(model, "generation_config", None)) if config]
-        self.configs = [(config, copy.deepcopy(config.__dict__)) for config in configs]
+        self.configs = [kept for config in (model.config, getattr(model, "generation_config", None)) if config
+                        for kept in _values_of(config)]
         self.modules = [
             (m, m.training, getattr(m, "p", None), set(m._forward_hooks), set(m._forward_pre_hooks))
             for m in model.modules()
@@ -86,6 +88,13 @@ class _Condition:
 def _unhook(hooks: dict, before: set) -> None:
     for handle in set(hooks) - before:
         del hooks[handle]
+
+
+def _values_of(config) -> list[tuple]:
+    "A config and those within it (of a text part, an eye), each with its values: modules hold them, so none is copied."
+    inner = {name: value for name, value in config.__dict__.items() if isinstance(value, PreTrainedConfig)}
+    values = copy.deepcopy({name: value for name, value in config.__dict__.items() if name not in inner}) | inner
+    return [(config, values), *(kept for value in inner.values() for kept in _values_of(value))]
 
 # %% ../../nbs/train/01_trainers.ipynb #7604d06a
 @contextmanager

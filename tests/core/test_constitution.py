@@ -354,6 +354,58 @@ def test_import_errors_name_the_file(write, name, text):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name, data, ids", [
+    ("a.txt", b"\xef\xbb\xbf# my rules\r\n- Be kind.\r\n- Be honest.\r\n", ["principle0", "principle1"]),
+    ("a.json", b'\xef\xbb\xbf[{"critic": "Say what is unkind.", "revision": "Make it kind."}]', ["principle0"]),
+    ("a.json", b'{"No. 2: honest?": {"critic": "Say it.", "revision": "Mend it."}}', ["No.-2-honest"]),
+    ("a.json", b'[{"id": "be kind", "comparison": "Which is?"}, {"id": 7, "comparison": "Which?"}]', ["be-kind", "7"]),
+    ("a.json", '[{"id": "???", "comparison": "Which is kinder?"}, {"id": "güte", "comparison": "Which?"}]'.encode(),
+     ["principle0", "güte"]),
+    ("a.json", b'{"rules": [{"principle": "Be kind."}, {"Rule": "Be brief."}]}', ["principle0", "principle1"]),
+    ("a.csv", b'id,principle\n1,"Choose the kind, honest reply."\n2,Be brief.\n', ["1", "2"]),
+    ("a.csv", b"\xef\xbb\xbfcritic;revision;notes\r\nSay it.;Mend it.;x\r\n", ["principle0"]),
+    ("a.jsonl", b'{"critique": "Say it.", "revision": "Mend."}\n{"text": "Be kind."}\n', ["principle0", "principle1"]),
+    ("a.txt", "Be kind,\u2028also to others.\nBe honest.\x85Do not flatter.\n".encode(), ["principle0", "principle1"]),
+    ("no.txt", b"yes\n- null\n* 1e3\n", ["principle0", "principle1", "principle2"]),
+])
+def test_what_is_imported_is_good(tmp_path, name, data, ids):
+    (tmp_path / name).write_bytes(data)
+    c = import_constitution(tmp_path / name)
+    assert [p.id for p in c.principles] == ids
+    assert check_constitution(c.save(tmp_path / "out.yaml")) == []
+    assert Constitution.load(tmp_path / "out.yaml").digest == c.digest
+    assert not any("\ufeff" in str(vars(p)) for p in c.principles)
+
+
+@pytest.mark.parametrize("name, data, found", [
+    ("a.json", b'[{"critic": "Say it.", "revision": "Do."}, {"critic": " ", "revision": "x"}]', "a.json: 1: critic is"),
+    ("a.json", b'[{"critic": "Human: what?", "revision": "x"}]', "a.json: 0: critique: carries the marker 'Human:'"),
+    ("a.json", b'["Be kind.", "", " "]', "a.json: 1: found ''"),
+    ("a.json", b'{"a": {"comparison": "x"}, "a": {"comparison": "y"}}', "a.json: the key 'a' stands twice"),
+    ("a.json", b'{"be kind": {"comparison": "x"}, "be-kind": {"comparison": "y"}}', "the id 'be-kind' is used twice"),
+    ("a.json", b'[{"comparison": "\\ud800 x"}]', "a.json: 0: half a character"),
+    ("a.json", b"[" * 100_000, "a.json: nested too deep"),
+    ("a.json", b'[{"comparison": {"x": 1}}]', "a.json: 0: comparison is"),
+    ("a.csv", b"id,principle\n1,Be kind, and honest.\n", "a.csv:2: 3 fields"),
+    ("a.csv", b"Be kind.\nBe honest.\n", "a.csv:2: found keys Be kind."),
+    ("a.csv", b"id,critic,revision\n1,Say it.,\n", "a.csv:2: revision is ''"),
+    ("a.txt", b"# ours\n\nBe kind.\nSay RevisionRequest: now\n", "a.txt:4: critique: carries the marker"),
+    ("a.txt", "- Be kind.\n".encode("utf-16"), "a.txt: not UTF-8"),
+])
+def test_what_cannot_be_imported_is_named(tmp_path, name, data, found):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(CaiError, match=re.escape(found)) as error:
+        import_constitution(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_the_tilde_is_home(tmp_path, monkeypatch, write):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write("Be kind.\n", "rules.txt")
+    assert import_constitution("~/rules.txt").save("~/deep/out.yaml") == tmp_path / "deep" / "out.yaml"
+    assert Constitution.load("~/deep/out.yaml").principles and check_constitution("~/deep/out.yaml") == []
+
+
 # Commands
 
 

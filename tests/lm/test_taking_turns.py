@@ -12,7 +12,8 @@ from tiny import asked, said, tiny_model
 from cai_nb.lm.decoding import next_logits, plain_scores, roomy_cache
 from cai_nb.lm.generate import LocalLM
 from cai_nb.lm.model import check_adapter, lora_config, model_lock, using_adapter
-from cai_nb.method.preference import PreferenceModel, classifier_on
+from cai_nb.lm.scoring import classifier_on
+from cai_nb.method.preference import PreferenceModel
 
 
 WORKS = ["score", "check_adapter", "next_logits", "plain_scores", "sample", "choice_logprobs", "stream"]

@@ -10,13 +10,12 @@ from tiny import asked, prompts, said, tiny_model, tiny_tokenizer
 
 from cai_nb.core.errors import CaiError
 from cai_nb.lm.model import add_adapters, model_fingerprint
+from cai_nb.lm.scoring import classifier_on
 from cai_nb.method.preference import (
     PreferenceConfig,
     PreferenceModel,
     _preference_trainer,
-    classifier_on,
     encode_comparison,
-    _padding_id,
     preference_rows,
     soft_loss,
     split_rows,
@@ -164,7 +163,6 @@ def test_padding_that_looks_like_the_end(tmp_path):
     model, tokenizer = tiny_model()
     tokenizer.pad_token = tokenizer.eos_token
     encoded = [encode_comparison(tokenizer, row) for row in ROWS]
-    assert _padding_id(tokenizer, encoded) != tokenizer.eos_token_id
     with borrowed(model):
         trainer = _preference_trainer(model, tokenizer, encoded, PreferenceConfig(batch_size=4), tmp_path)
         head = trainer.model.get_base_model().score.modules_to_save["default"].weight[0].detach()
@@ -213,8 +211,3 @@ def test_all_too_long(tmp_path):
     model, tokenizer = tiny_model()
     with pytest.raises(CaiError, match="no comparison to train on"):
         train_preference(model, tokenizer, ROWS, PreferenceConfig(max_length=4), tmp_path)
-
-
-def test_tokenizer_is_left_alone():
-    tokenizer = tiny_tokenizer()
-    assert _padding_id(tokenizer, [encode_comparison(tokenizer, ROWS[0])]) == tokenizer.pad_token_id == 0
