@@ -127,7 +127,8 @@ def _append(
     new = not path.exists()
     with on_disk(path, "its rows so far are kept"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as f, _locked(f, path):
+        f = open(path, "ab", buffering=0)
+    with f, _locked(f, path):
         size = os.fstat(f.fileno()).st_size
         if size != found:
             raise CaiError(f"{path}: {size} bytes, and {found} when it was read: another process writes it; "

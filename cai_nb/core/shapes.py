@@ -139,6 +139,8 @@ class StageEntry(TypedDict):
     status: Literal["started", "done"]
     seconds: Annotated[float, Interval(ge=0, lt=math.inf)]
     counts: NotRequired[dict]
+    read: NotRequired[dict[str, str]]  # file → digest, as the stage found it
+    wrote: NotRequired[dict[str, str]]  # file → digest, as the stage left it
 
 
 class MadeFrom(TypedDict):
@@ -156,6 +158,10 @@ class ManifestFile(TypedDict):
     machine: NotRequired[str]
     seed: NotRequired[int]
     data: NotRequired[dict[str, str]]
+    wrote: NotRequired[dict[str, str]]  # with which the run began
+    pending: NotRequired[StageEntry]  # an evaluation that is finished and not yet in its place
+    recipe_folder: NotRequired[str]  # beside whose recipe the data stands
+    accepted: NotRequired[list[dict]]  # edits that were meant
 
 
 class Rate(TypedDict):
