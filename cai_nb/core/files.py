@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 import sys
 import threading
@@ -70,7 +71,7 @@ def parse_json(
     except RecursionError:
         raise _too_deep(where) from None
     except json.JSONDecodeError as error:
-        line = f":{error.lineno}" if "\n" in error.doc.strip() else ""
+        line = "" if re.search(r":\d+$", str(where)) else f":{error.lineno}"
         raise CaiError(f"{where}{line}: {error.msg} at column {error.colno}, expected JSON; check the file") from None
     except UnicodeDecodeError as error:
         raise CaiError(f"{where}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
