@@ -165,7 +165,7 @@ def load_models(
     run=None,  # a run folder; None: the shipped mini models
 ) -> tuple[Models, Constitution]:
     "The models of a run on one base, with the constitution that trained them; CaiError names what the folder lacks."
-    folder = reference_folder() if run is None else Path(run)
+    folder = reference_folder() if run is None else Path(run).expanduser()
     recipe = _read_recipe(folder)
     mini, chains, labels = recipe["base"] == "mini", recipe.get("chains") or {}, recipe.get("labels") or {}
     models = Models(

@@ -116,7 +116,7 @@ class Workbench:
         finished: Callable[[Training], None] = _nobody,  # called when one is there, in a thread of its own
         sets: tuple[str, ...] = (),  # changes of the recipe, such as "prompts.limit=64"
     ):
-        self.folder, self.finished, self.sets = Path(folder).resolve() / "trained", finished, tuple(sets)
+        self.folder, self.finished, self.sets = Path(folder).expanduser().resolve() / "trained", finished, tuple(sets)
         self.lock, self.running, self.waiting, self.last = threading.RLock(), None, None, None
         atexit.register(self.close)
 

@@ -167,7 +167,7 @@ class RowFile:
         path: str | Path | None = None,  # the file, made on the first append; None keeps rows in memory
         key: str = "id",  # the field that identifies a row, `pair_id` for labels
     ):
-        self.path, self.key = (None if path is None else Path(path)), key
+        self.path, self.key = (None if path is None else Path(path).expanduser()), key
         self.rows: list[dict] = []
         self.by_id: dict[str, dict] = {}
         self._found = self._whole = 0  # bytes of the file when it was read, and of its whole rows

@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ..core.adapters import check_adapter_folder
 from ..core.errors import CaiError, notice
 from ..core.dialogue import encode_conversation, ensure_chat_template, stop_texts
 
@@ -337,7 +338,8 @@ def save_adapter(
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    folder, staging = Path(folder), Path(f"{folder}.staging")
+    folder = Path(folder).expanduser()
+    staging = Path(f"{folder}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -354,17 +356,19 @@ def save_adapter(
 def add_adapters(
     model,  # a base, with or without adapters
     adapters: dict[str, str | Path],  # name to give → folder of a saved adapter
+    kind: str = "CAUSAL_LM",  # or "SEQ_CLS": preference models
 ):  # a PeftModel in eval mode, all its adapters frozen; the base within is the same object
     "Put saved LoRA adapters on one base. Of a preference model this loads the LoRA; its head is not part of the base."
     from peft import PeftConfig, PeftModel
 
     for name, folder in adapters.items():
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         if not (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_config.json").is_file():
             pickled = (folder / "adapter_model.bin").exists()
             found = "only a pickled adapter_model.bin, which may run code" if pickled else "no adapter here"
             raise CaiError(f"{folder}: {found}; "
                            "expected adapter_config.json and adapter_model.safetensors")
+        check_adapter_folder(folder, kind, model)
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), adapter_name=name, use_safetensors=True)
             continue

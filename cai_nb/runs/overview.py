@@ -188,7 +188,7 @@ def overview(
     folder: str | Path,  # a run folder
 ) -> Overview:  # kept until a file changes
     "Tables, figures and provenance of a run, as far as it has come."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     watched = [folder / name for name in ("manifest.json", "eval/metrics.json", *(f"{name}.jsonl" for name in FILES))]
     watched += [folder / f"eval/figures/{name}.png" for name in CAPTIONS]
     return _overview(records(folder), row_id(*map(stamp, watched)))

@@ -169,6 +169,6 @@ def write_page(
     folder: str | Path,  # a run folder
 ) -> Path:  # RUN/report.html
     "Write the page of a run, as far as it has come."
-    path = Path(folder) / "report.html"
+    path = Path(folder).expanduser() / "report.html"
     write_safely(path, page_html(overview(folder)))
     return path

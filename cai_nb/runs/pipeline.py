@@ -79,7 +79,7 @@ def results(
     "The tables of a run as text, with the stages' seconds."
     from cai_nb.measure.rates import as_table, metrics_table
 
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     metrics, stages = read_checked(folder / "eval/metrics.json"), read_manifest(folder)["stages"]
     unjudged = f"No judge: replies are in {folder}/eval for you to read."
     parts = [metrics_table(metrics) if "models" in metrics else unjudged]
@@ -101,7 +101,8 @@ def run_recipe(
     names = [stage.name for stage in STAGES]
     if until is not None and until not in names:
         raise CaiError(f"--until {until}: no such stage; stages are {', '.join(names)}")
-    folder = Path(out or Path("runs") / load_recipe(recipe, sets)["name"])
+    name = load_recipe(recipe, sets)["name"]  # a recipe that is refused leaves no folder behind
+    folder = Path(out or Path("runs") / name).expanduser()
     with folder_lock(folder, "cai-nb run"):
         run = open_run(recipe, folder, sets, accepted)
         for stage in STAGES[:names.index(until) + 1] if until else STAGES:

@@ -144,7 +144,7 @@ def records(
     folder: str | Path,  # a run folder
 ) -> Records:  # kept until a file changes
     "Open a run folder for reading; what is damaged is left out, and named."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     watched = (*_BESIDE, *(f"{name}.jsonl" for name in FILES))
     with _LOCK:
         return _records(folder, tuple(stamp(folder / name) for name in watched))

@@ -157,7 +157,7 @@ def stage_settings(
             f"batch_size={config.batch_size} is not a multiple of micro_batch_size={micro} times {processes} processes"
         )
     return {
-        "output_dir": str(Path(out) / "checkpoints"),
+        "output_dir": str(Path(out).expanduser() / "checkpoints"),
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.schedule,
         "warmup_steps": config.warmup,
@@ -325,7 +325,7 @@ def finish_training(
     card: str,  # text of `model_card`
 ) -> dict:  # the metrics
     "Save the adapter with its log, its card and its metrics; only then is the stage finished."
-    out = Path(out)
+    out = Path(out).expanduser()
     if trainer.is_world_process_zero():
         save_adapter(trainer.model, "default", out)
         sync(out)
@@ -346,5 +346,5 @@ def finished_training(
     key: str,  # of `run_key`
 ) -> dict | None:  # its metrics
     "The metrics of a stage that this run has finished already."
-    metrics = read_checked(Path(out) / "metrics.json", TrainingFile, missing={})
+    metrics = read_checked(Path(out).expanduser() / "metrics.json", TrainingFile, missing={})
     return metrics if metrics.pop("key", None) == key else None
