@@ -141,6 +141,9 @@ def process(folder: Path, **settings):
 
 def run_forever(port: int, settings: dict):
     "What that process does."
+    from anyio._backends._asyncio import WorkerThread
+
+    WorkerThread.MAX_IDLE_TIME = 1.0  # ten seconds by itself, which a test would have to wait for
     torch.set_num_threads(1)
     folder, max_waiting = settings.pop("folder", None), settings.pop("max_waiting", 32)
     models, constitution = load_models()
