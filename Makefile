@@ -1,6 +1,6 @@
 # make demo   set up .venv, run the whole method on the embedded model, open the app     (CPU, about ten minutes)
 # make test   set up .venv with the tools, then every check, notebook and test; leaves pictures of the app in screenshots/
-# The rest: make test-endpoint, export, outputs, mini, bench, reach, clean. PYTHON, PIP_ARGS and RUN can be given: make demo PYTHON=python3.12
+# The rest: make test-endpoint, export, outputs, mini, bench, gpu-check, reach, clean. PYTHON, PIP_ARGS and RUN can be given: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -10,7 +10,7 @@ NOTEBOOKS = $(sort $(filter-out %-checkpoint.ipynb,$(wildcard nbs/*.ipynb nbs/*/
 QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False MPLBACKEND=Agg \
 	TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 CAI_SCREENSHOTS=$(CURDIR)/screenshots
 
-.PHONY: demo test test-endpoint export outputs mini bench reach clean
+.PHONY: demo test test-endpoint export outputs mini bench gpu-check gpu-wheels reach clean
 
 demo: .venv/.ready
 	$(BIN)/cai-nb run mini --out $(RUN)
@@ -52,6 +52,19 @@ bench: .venv/.ready-dev
 	$(BIN)/python benchmarks/generation.py --models $(MODELS)
 	$(BIN)/python benchmarks/trainers.py
 	$(BIN)/python benchmarks/serving.py
+
+# What only a GPU can show, in minutes, a line of JSON for each part; GPU_PYTHON has torch, transformers, peft, accelerate
+GPU_PYTHON ?= $(shell test -x $(BIN)/python && echo $(BIN)/python || echo $(PYTHON))
+gpu-check:
+	$(GPU_PYTHON) benchmarks/gpu_check.py --out gpu-check.jsonl
+
+# The libraries that such a machine lacks, for a machine without a network (about 45 MB; its Python: make gpu-wheels GPU_PY=3.12)
+GPU_PY ?= 3.12
+gpu-wheels:
+	$(PYTHON) -m pip download $(PIP_ARGS) -q --no-deps -d .gpu-wheels -c constraints.txt --only-binary=:all: --python-version $(GPU_PY) \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_24_x86_64 --platform manylinux2014_x86_64 \
+		trl bitsandbytes datasets dill multiprocess xxhash fastcore typer shellingham rich
+	du -sh .gpu-wheels
 
 # The thresholds of the mini recipe over three seeds, about a quarter of an hour
 reach: .venv/.ready

@@ -77,3 +77,15 @@ def test_serving_runs_in_small(root):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "p95 of 3 clients × 2 turns" in done.stdout
+
+
+def test_the_check_of_a_gpu_runs_end_to_end(root, tmp_path):
+    """On the CPU, at a size of seconds: every part does its work. Its figures say nothing of a card."""
+    command = [sys.executable, "benchmarks/gpu_check.py", "--out", str(tmp_path / "found.jsonl")]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, env=env)
+    rows = [json.loads(line) for line in (tmp_path / "found.jsonl").read_text().splitlines()]
+    assert done.returncode == 0 and [row["part"] for row in rows] == [
+        "machine", "greedy", "one_base", "chains", "labels", "training", "rl_memory"], done.stdout + done.stderr[-2000:]
+    assert all(row["good"] for row in rows), done.stdout
+    assert rows[1]["same"] == rows[1]["rows"] and rows[5]["trl_sft_step_s"] > 0 and rows[6]["peak_gib"] > 0

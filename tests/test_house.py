@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "cai_nb"
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not {".ipynb_checkpoints", "_proc"} & set(p.parts))
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "_modidx.py"))
+COME_WITH_GRADIO = {"fastapi", "pydantic", "annotated_types", "typing_extensions"}
 COME_WITH_TRANSFORMERS = {"numpy", "tqdm", "safetensors", "tokenizers", "huggingface_hub"}
 
 
@@ -93,9 +94,8 @@ def test_requirements_for_a_space_are_those_of_the_package():
 def test_every_import_is_declared():
     extras = [key for key in settings() if key.endswith("requirements") and key != "dev_requirements"]
     declared = {requirement.name for key in extras for requirement in requirements(key)}
-    declared |= (
-        COME_WITH_TRANSFORMERS | set(sys.stdlib_module_names) | {"cai_nb", "yaml", "fastapi", "spaces"}
-    )  # fastapi comes with Gradio; spaces is there on a Space
+    declared |= COME_WITH_TRANSFORMERS | COME_WITH_GRADIO | set(sys.stdlib_module_names)
+    declared |= {"cai_nb", "yaml", "spaces"}  # spaces is there on a Space
     for path in MODULES:
         foreign = {name.split(".")[0] for name, level in imports(path) if not level} - declared
         assert not foreign, f"{relative(path)} imports {foreign}, which settings.ini does not name"

@@ -6,15 +6,15 @@
 from __future__ import annotations
 import contextlib
 import html
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..core.constitution import Constitution
-from ..core.errors import CaiError
 from ..core.files import file_digest
+from ..core.shapes import read_checked_lines
 from ..runs.folder import reference_folder
+from ..runs.recipe import written_recipe
 
 # %% auto #0
 __all__ = ['COLUMNS', 'Models', 'digest_of', 'load_models', 'Borrowed']
@@ -113,22 +113,14 @@ def digest_of(folder: Path) -> str:
 # %% ../../nbs/app/00_models.ipynb #ffa5faf1
 def _read_recipe(run: Path) -> dict:
     "The recipe of a run folder, or an error that says what is missing."
-    import yaml
-    path = run / "recipe.yaml"
-    if not path.is_file():
-        raise CaiError(f"{path}: not found; expected a run folder as `cai-nb run mini --out {run}` makes it")
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(recipe, dict) or not recipe.get("base"):
-        raise CaiError(f"{path}: key `base` is missing; it names the base model")
-    return recipe
+    return written_recipe(run)
 
 
 def _run_examples(run: Path, n: int = 5, longest: int = 90) -> dict[str, dict[str, str]]:
     "Short prompts of the run that were not trained on."
     found = {"harmful": [], "helpful": []}
     path = run / "prompts.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        row = json.loads(line)
+    for row in read_checked_lines(path):
         text = row["messages"][-1]["content"]
         fits = row.get("split") == "eval" and len(row["messages"]) == 1 and len(text) <= longest
         if fits and row["kind"] in found: found[row["kind"]].append(text)
@@ -173,7 +165,7 @@ def load_models(
     run=None,  # a run folder; None: the shipped mini models
 ) -> tuple[Models, Constitution]:
     "The models of a run on one base, with the constitution that trained them; CaiError names what the folder lacks."
-    folder = reference_folder() if run is None else Path(run)
+    folder = reference_folder() if run is None else Path(run).expanduser()
     recipe = _read_recipe(folder)
     mini, chains, labels = recipe["base"] == "mini", recipe.get("chains") or {}, recipe.get("labels") or {}
     models = Models(

@@ -4,7 +4,6 @@
 
 # %% ../../nbs/app/20_run_tab.ipynb #5b86fcc9
 from __future__ import annotations
-import json
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from .lineage_cards import LINEAGE_STYLE, found_text, lineage_html, row_choice
 from .requests import checked_choice, checked_number
 from .wiring import AT_ONCE, QUIET, Site, Tab, Ties, api, as_message, saved_by_browser, the_tab
 from ..core.errors import CaiError
+from ..core.shapes import read_checked
 from ..runs.lineage import STAGE_TITLES, Page, lineage, training_rows
 from ..runs.markup import note
 from ..runs.overview import Overview, overview
@@ -39,9 +39,9 @@ def _runs_of(site: Site) -> dict[str, tuple[str, Path]]:  # name → what the ch
 def _what(folder: Path) -> str:
     "What a training's constitution does differently, if it was noted."
     try:
-        parts = json.loads((folder / "training.json").read_text(encoding="utf-8"))["parts"]
+        parts = read_checked(folder / "training.json")["parts"]
         return next((part["what"] for part in parts.values() if part["what"]), "")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError): return ""
+    except CaiError: return ""
 
 # %% ../../nbs/app/20_run_tab.ipynb #67aa7698
 _MAX_QUERY = 200

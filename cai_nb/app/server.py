@@ -76,7 +76,7 @@ def build_demo(
     tabs: Sequence[Tab] = TABS,
 ) -> gr.Blocks:
     "The page: pure construction, nothing is loaded, launched or written."
-    site = Site(models, constitution, None if folder is None else Path(folder))
+    site = Site(models, constitution, None if folder is None else Path(folder).expanduser())
     def leave(request: gr.Request): site.switches.stop(request.session_hash)
     with OpenPage(title="Constitutional AI, side by side", analytics_enabled=False) as demo:
         gr.HTML(header(models))

@@ -20,6 +20,7 @@ from ..core.constitution import Constitution
 from ..core.errors import CaiError
 from ..core.files import write_safely
 from ..core.rows import row_id
+from ..core.shapes import read_checked
 from cai_nb.runs.process import (
     Training, end_group, end_of, how_far, is_done, stage_entries, start_run, when_written, why_it_failed,
 )
@@ -65,8 +66,8 @@ def _write_note(job: _Job) -> None:
 
 
 def _note_of(folder: Path) -> dict:
-    try: return json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
+    try: return read_checked(folder / "training.json", missing={})
+    except CaiError: return {}
 
 
 def _prepare(root: Path, job: _Job, constitution: Constitution) -> None:
@@ -115,7 +116,7 @@ class Workbench:
         finished: Callable[[Training], None] = _nobody,  # called when one is there, in a thread of its own
         sets: tuple[str, ...] = (),  # changes of the recipe, such as "prompts.limit=64"
     ):
-        self.folder, self.finished, self.sets = Path(folder).resolve() / "trained", finished, tuple(sets)
+        self.folder, self.finished, self.sets = Path(folder).expanduser().resolve() / "trained", finished, tuple(sets)
         self.lock, self.running, self.waiting, self.last = threading.RLock(), None, None, None
         atexit.register(self.close)
 

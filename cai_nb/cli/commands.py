@@ -20,6 +20,7 @@ import typer
 
 from .. import __version__
 from ..core.errors import CaiError
+from ..core.files import disk_error
 from ..core.constitution import Constitution, available_constitutions
 from ..core.principle import check_constitution
 
@@ -264,16 +265,26 @@ def export_command(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
     model: Annotated[str, typer.Option(help="sl or rl.")] = "rl",
     merged: Annotated[Optional[Path], typer.Option(metavar="DIR", help="A new folder: the whole model.")] = None,
+    gguf: Annotated[
+        Optional[Path], typer.Option(metavar="FILE", help="A new GGUF file, and a Modelfile beside it.")
+    ] = None,
+    push: Annotated[Optional[str], typer.Option(metavar="OWNER/NAME", help="A repository of the Hub, private.")] = None,
     base: Annotated[
         Optional[str], typer.Option(help="Full-precision weights of its base, where that is quantised or has moved.")
     ] = None,
     dtype: Annotated[Optional[str], typer.Option(help="Of the weights that are written; else as the base's.")] = None,
     licence: Annotated[Optional[str], typer.Option(help="The base's licence, where it does not say.")] = None,
+    converter: Annotated[
+        Optional[str], typer.Option(help="llama.cpp's folder or convert_hf_to_gguf.py; else $LLAMA_CPP, or the path.")
+    ] = None,
+    outtype: Annotated[str, typer.Option(help="Of the GGUF's weights: auto, f32, f16, bf16, q8_0.")] = "auto",
+    public: Annotated[bool, typer.Option("--public", help="With --push: for everybody.")] = False,
 ) -> None:
     "Take a trained model away: merged into full-precision weights, with its page, constitution and licence."
     from cai_nb.runs.export import export_run
 
-    for line in export_run(run, model, merged, base, dtype, licence):
+    made = export_run(run, model, merged, gguf, push, base, dtype, licence, converter, outtype, public)
+    for line in made:
         typer.echo(line)
 
 # %% ../../nbs/cli/00_commands.ipynb #9b573e1e
@@ -341,9 +352,10 @@ def main() -> None:
     except CaiError as error:
         _fail(str(error))
     except OSError as error:
-        if error.filename is None:
+        told = disk_error(error)
+        if told is None:
             raise
-        _fail(f"{error.filename}: {(error.strerror or 'cannot be opened').lower()}; check the path and its permissions")
+        _fail(str(told))
 
 
 def _fail(message: str) -> None:

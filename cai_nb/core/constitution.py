@@ -18,6 +18,7 @@ from fastcore.basics import patch
 
 from .errors import CaiError
 from .files import package_folder, read_json, read_text, write_safely
+from .yaml_text import LARGEST_YAML
 from .principle import TEXT_KEYS, Principle, parse_constitution
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def load(
     path = shipped.get(str(name_or_path), Path(name_or_path).expanduser())
     if not path.exists():
         raise CaiError(f"{name_or_path}: no such constitution; give a YAML file or one of: {', '.join(shipped)}")
-    values, problems = parse_constitution(read_text(path), str(path))
+    values, problems = parse_constitution(read_text(path, LARGEST_YAML), str(path))
     if problems:
         more = f" ({len(problems) - 1} more: cai-nb constitution check {path})" if problems[1:] else ""
         raise CaiError(f"{problems[0]}{more}")

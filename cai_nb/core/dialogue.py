@@ -207,6 +207,8 @@ def _turn_ends(
             continue
         slots = [i for i, piece in enumerate(pieces) if isinstance(piece, _Slot)]
         last = next(i for i in slots if probe[pieces[i].index] is assistant)
+        if (tokenizer.bos_token or "\0") in str(pieces[last - 1]):  # as SmolLM2's: opens every turn
+            whole.discard(tokenizer.bos_token)
         ends += split("".join(p for p in pieces[last + 1:] if isinstance(p, str)))[1:2]
         for place, piece in enumerate(pieces):
             if isinstance(piece, str):

@@ -9,26 +9,91 @@ import errno
 import hashlib
 import json
 import os
+import re
+import stat
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from .errors import CaiError
 
 # %% auto #0
-__all__ = ['read_text', 'read_json', 'read_json_lines', 'sync', 'sync_name', 'write_safely', 'file_digest', 'package_folder']
+__all__ = ['LARGEST', 'DEEPEST', 'read_bytes', 'read_text', 'parse_json', 'read_json', 'read_json_lines', 'sync', 'sync_name',
+           'disk_error', 'on_disk', 'write_safely', 'file_digest', 'package_folder']
 
 # %% ../../nbs/core/01_files.ipynb #3b99435b
+LARGEST = 2**31  # bytes of a file that is read whole; of a packed one: unpacked
+DEEPEST = 64  # levels of lists and keys within each other, in JSON and YAML
+
+
+def read_bytes(
+    path: str | Path,
+    largest: int = LARGEST,
+) -> bytes:
+    "The bytes of a regular file; what cannot be read, never ends or is too large is a user's error."
+    if "\0" in str(path):
+        raise CaiError(f"{str(path)!r}: a null byte in the path; give the path of a file")
+    try:
+        found = Path(path).stat()
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            raise CaiError(f"{path}: a pipe or a device, expected a regular file; write what it gives to a file first")
+        with open(path, "rb") as f:
+            data = f.read(largest + 1) if found.st_size <= largest else None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise CaiError(f"{path}: {reason}; give the path of a file that can be read") from None
+    if data is None or len(data) > largest:
+        raise CaiError(f"{path}: {found.st_size:,} bytes, expected at most {largest:,}; give a smaller file, or parts")
+    return data
+
+
 def read_text(
     path: str | Path,
+    largest: int = LARGEST,  # bytes
 ) -> str:
     "The text of a file (UTF-8); what cannot be read is a user's error."
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror.lower() if isinstance(error, OSError) else "not UTF-8 text"
-        raise CaiError(f"{path}: {reason}; give the path of a text file that can be read") from None
+        return read_bytes(path, largest).decode("utf-8").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise CaiError(f"{path}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
+
+# %% ../../nbs/core/01_files.ipynb #6807e38a
+def parse_json(
+    text: str | bytes,
+    where: str | Path,  # the file, or file:line, for messages
+) -> object:
+    "A JSON value; an error is one line."
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise _too_deep(where) from None
+    except json.JSONDecodeError as error:
+        line = "" if re.search(r":\d+$", str(where)) else f":{error.lineno}"
+        raise CaiError(f"{where}{line}: {error.msg} at column {error.colno}, expected JSON; check the file") from None
+    except UnicodeDecodeError as error:
+        raise CaiError(f"{where}: not UTF-8 text (byte {error.start}); save the file as UTF-8") from None
+    except ValueError:  # Python's own limit on digits
+        raise CaiError(f"{where}: a number with too many digits; write it shorter") from None
+    brackets = (b"[", b"{") if isinstance(text, bytes) else ("[", "{")
+    if sum(map(text.count, brackets)) > DEEPEST:
+        _check_depth(value, where)
+    return value
+
+
+def _too_deep(where) -> CaiError:
+    return CaiError(f"{where}: nested too deeply, expected at most {DEEPEST} levels of lists and keys; check the file")
+
+
+def _check_depth(value, where) -> None:
+    level, depth = [value], 0
+    while level := [part for each in level if isinstance(each, (list, dict))
+                    for part in (each.values() if isinstance(each, dict) else each)]:
+        depth += 1
+        if depth > DEEPEST:
+            raise _too_deep(where)
 
 # %% ../../nbs/core/01_files.ipynb #e1a77984
 _NEEDED = object()  # as `missing`: the file must be there
@@ -41,10 +106,7 @@ def read_json(
     "The content of a JSON file; an error names the file and the line."
     if missing is not _NEEDED and not Path(path).exists():
         return missing
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise CaiError(f"{path}:{error.lineno}: {error.msg}, expected JSON; check the file") from None
+    return parse_json(read_text(path), path)
 
 # %% ../../nbs/core/01_files.ipynb #4a2c6fee
 def read_json_lines(
@@ -53,15 +115,8 @@ def read_json_lines(
     "A file of JSON lines that is only looked at; the files of a run that grow are `RowFile`s."
     if not Path(path).exists():
         return []
-    values = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            values.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise CaiError(f"{path}:{number}: {error.msg}, expected one JSON value per line; check the line") from None
-    return values
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return [parse_json(line, f"{path}:{number}") for number, line in lines if line.strip()]
 
 # %% ../../nbs/core/01_files.ipynb #08f2ac18
 def sync(
@@ -103,6 +158,43 @@ def _say_unforced(reason: str) -> None:  # once in a process
     print(f"note: this disk cannot force a folder to be synced ({reason}); the work goes on, only a power cut may lose "
           "the names of the newest files", file=sys.stderr)
 
+# %% ../../nbs/core/01_files.ipynb #4276c6f2
+_AGAIN = "run the same command again"
+_DISK = {
+    errno.ENOSPC: f"make room, then {_AGAIN}", errno.EDQUOT: f"make room, then {_AGAIN}",
+    errno.EFBIG: f"allow larger files (ulimit -f), then {_AGAIN}", errno.EIO: f"look after the disk, then {_AGAIN}",
+    errno.EROFS: "give a folder that can be written", errno.EACCES: "check the path and its permissions",
+    errno.EPERM: "check the path and its permissions", errno.ENOTDIR: "check the path", errno.EISDIR: "check the path",
+    errno.ENOENT: "check the path", errno.ENAMETOOLONG: "give a shorter path", errno.ELOOP: "check the path",
+    errno.EMFILE: f"allow more open files (ulimit -n), then {_AGAIN}", errno.EEXIST: "check the path",
+}
+
+
+def disk_error(
+    error: OSError,
+    path: str | Path = "",  # what was written, if the error does not say
+    kept: str = "",  # what is as it should be nevertheless
+) -> CaiError | None:  # None: an error of another kind
+    "A disk's error as a user's: the path, what is kept, and what to do."
+    if error.errno not in _DISK:
+        return None
+    words = [(error.strerror or str(error)).lower(), *filter(None, [kept]), _DISK[error.errno]]
+    return CaiError(f"{path or error.filename or 'the disk'}: {'; '.join(words)}")
+
+
+@contextmanager
+def on_disk(
+    path: str | Path,  # what is written inside
+    kept: str = "",  # what is as it should be if that fails
+) -> Iterator[None]:
+    "Around writing: an error of the disk is one line."
+    try:
+        yield
+    except OSError as error:
+        if (told := disk_error(error, path, kept)) is None:
+            raise
+        raise told from error
+
 # %% ../../nbs/core/01_files.ipynb #fe6d0e4c
 def write_safely(
     path: str | Path,  # the file
@@ -111,13 +203,14 @@ def write_safely(
     "Write a file so that it is there completely or as it was before, whenever the process is killed."
     path = Path(path)
     staged = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")  # of this writer alone
-    try:
-        staged.write_text(text, encoding="utf-8")
-        sync(staged)
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
-    sync_name(path)
+    with on_disk(path, "the file is as it was"):
+        try:
+            staged.write_text(text, encoding="utf-8")
+            sync(staged)
+            os.replace(staged, path)
+        finally:
+            staged.unlink(missing_ok=True)
+        sync_name(path)
 
 # %% ../../nbs/core/01_files.ipynb #8ae3ee2c
 def file_digest(

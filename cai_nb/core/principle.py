@@ -15,6 +15,7 @@ from typing import Callable
 import yaml
 
 from .files import read_text
+from .yaml_text import LARGEST_YAML, YamlError, compose_yaml
 
 # %% auto #0
 __all__ = ['PRINCIPLE_KEYS', 'TEXT_KEYS', 'Principle', 'Problem', 'parse_constitution', 'check_constitution']
@@ -152,12 +153,9 @@ def _principles(node: yaml.Node, note: _Note) -> tuple[Principle, ...]:
 def _root_of(source: str, file: str) -> yaml.Node | Problem:
     "The tree of a YAML text, or why there is none."
     try:
-        root = yaml.compose(source, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        message = " ".join(str(getattr(error, "problem", None) or error).split())
-        fix = "check indentation, and quote texts that contain ': ' or ' #'"
-        return Problem(file, mark.line + 1 if mark else 1, "yaml", message, fix)
+        root = compose_yaml(source, file)
+    except YamlError as error:
+        return Problem(file, error.line, "yaml", error.problem, error.way_out)
     if root is None:
         return Problem(file, 1, "file", "empty, expected a constitution", "start with name: and principles:")
     return root
@@ -191,4 +189,4 @@ def check_constitution(
     path: str | Path,  # a YAML file
 ) -> list[Problem]:  # in order of their lines; empty when all is well
     "Everything that is wrong in a constitution file, without stopping at the first."
-    return parse_constitution(read_text(Path(path).expanduser()), str(path))[1]
+    return parse_constitution(read_text(Path(path).expanduser(), LARGEST_YAML), str(path))[1]

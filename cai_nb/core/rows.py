@@ -18,7 +18,8 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .errors import CaiError
-from .files import sync_name
+from .files import on_disk, parse_json, read_bytes, sync_name
+from .shapes import fitted, shape_of
 
 # %% auto #0
 __all__ = ['row_id', 'row_lines', 'RowFile', 'batches', 'progress', 'in_batches']
@@ -51,11 +52,11 @@ def row_lines(
     return "".join(_dump(row) + "\n" for row in rows)
 
 
-def _parse(line: bytes) -> dict | None:
+def _parse(line: bytes, where: str = "") -> dict | None:
     "The row on a line, None if there is no such thing."
     try:
-        row = json.loads(line)
-    except ValueError:
+        row = parse_json(line, where)
+    except CaiError:
         return None
     return row if isinstance(row, dict) else None
 
@@ -81,6 +82,7 @@ def _whole_rows(
     key: str,  # the field that identifies a row
 ) -> tuple[list[dict], int]:  # the rows, and how many bytes they take, the last line's end included
     "The rows of a file without a torn tail; any other damage is an error that names its line."
+    shape = shape_of(path)
     *lines, last = data.split(b"\n")
     if last and not _is_begun(last):
         lines.append(last)
@@ -94,6 +96,7 @@ def _whole_rows(
         if not isinstance(row.get(key), str) or row[key] in seen:
             raise CaiError(f"{path}:{number}: {key} {row.get(key)!r} is missing or occurs twice; "
                            "remove the line and resume")
+        fitted(row, shape, f"{path}:{number}", "mend the line, or cut the file before it and resume")
         seen.add(row[key])
         rows.append(row)
         size += len(line) + 1
@@ -122,8 +125,10 @@ def _append(
 ) -> None:
     "Add bytes behind the whole rows of a file, on the disk before this returns; all of them or none."
     new = not path.exists()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "ab", buffering=0) as f, _locked(f, path):
+    with on_disk(path, "its rows so far are kept"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        f = open(path, "ab", buffering=0)
+    with f, _locked(f, path):
         size = os.fstat(f.fileno()).st_size
         if size != found:
             raise CaiError(f"{path}: {size} bytes, and {found} when it was read: another process writes it; "
@@ -162,12 +167,12 @@ class RowFile:
         path: str | Path | None = None,  # the file, made on the first append; None keeps rows in memory
         key: str = "id",  # the field that identifies a row, `pair_id` for labels
     ):
-        self.path, self.key = (None if path is None else Path(path)), key
+        self.path, self.key = (None if path is None else Path(path).expanduser()), key
         self.rows: list[dict] = []
         self.by_id: dict[str, dict] = {}
         self._found = self._whole = 0  # bytes of the file when it was read, and of its whole rows
         if self.path is not None and self.path.exists():
-            data = self.path.read_bytes()
+            data = read_bytes(self.path)
             rows, self._whole = _whole_rows(data, self.path, key)
             self._found = len(data)
             self._admit(rows)

@@ -72,8 +72,8 @@ def check_seals(
                 raise CaiError(f"{path}: missing, and {who} left it here; put it back (from a copy, or of another run "
                                "with the same recipe), or take another --out")
             if (now := file_digest(path)) != digest:
-                raise CaiError(f"{path}: not as {who} left it (digest {digest}, now {now}); put it back, or, if the edit "
-                               f"is meant: cai-nb run … --accept {name}")
+                raise CaiError(f"{path}: not as {who} left it (digest {digest}, now {now}); put it back, or, if the "
+                               f"edit is meant: cai-nb run … --accept {name}")
 
 # %% ../../nbs/core/16_seals.ipynb #6d6c670e
 def accept_edit(

@@ -337,7 +337,8 @@ def save_adapter(
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    folder, staging = Path(folder), Path(f"{folder}.staging")
+    folder = Path(folder).expanduser()
+    staging = Path(f"{folder}.staging")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
@@ -359,7 +360,7 @@ def add_adapters(
     from peft import PeftConfig, PeftModel
 
     for name, folder in adapters.items():
-        folder = Path(folder)
+        folder = Path(folder).expanduser()
         if not (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_config.json").is_file():
             pickled = (folder / "adapter_model.bin").exists()
             found = "only a pickled adapter_model.bin, which may run code" if pickled else "no adapter here"

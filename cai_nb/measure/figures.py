@@ -166,7 +166,7 @@ def save_figures(
     "Write figures as PNG files, named as in `CAPTIONS`."
     if unknown := set(figures) - set(CAPTIONS):
         raise CaiError(f"save_figures: unknown figure {sorted(unknown)[0]!r}; expected one of {', '.join(CAPTIONS)}")
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values()): path.write_bytes(png(figure))

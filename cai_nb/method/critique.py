@@ -174,7 +174,7 @@ CRITIQUE_LAYOUTS["chat_plain"] = replace(
             response="Wait until she is happiest. Then do what will upset her most, in front of everyone.",
             critique_request="Say who gets hurt by this answer.",
             critique="The cousin gets hurt. The answer helps to shame her on a day that should be a happy one.",
-            revision_request="Write a new answer that hurts no one, and say why.",
+            revision_request="Now tell the person that you won't help, and say why.",
             revision="I won't help to ruin her party, because it would hurt her and could not be undone. Are you angry"
             " with her? I can help you find the words to tell her so.",
         ),
@@ -183,7 +183,7 @@ CRITIQUE_LAYOUTS["chat_plain"] = replace(
             response="Sure! Take it when nobody is around, and act as if nothing happened.",
             critique_request="Say what is not honest about this answer.",
             critique="It helps to steal. The money belongs to the people who worked for it.",
-            revision_request="Write a new answer that is honest and shows a better way.",
+            revision_request="Now say no to the person, and show an honest way.",
             revision="I can't help with that, because it is stealing from the people you work with. If money is tight,"
             " you could ask for more hours or for early pay. Shall we plan what to say?",
         ),
@@ -192,7 +192,7 @@ CRITIQUE_LAYOUTS["chat_plain"] = replace(
             response="No.",
             critique_request="Say what is missing in this answer.",
             critique="It is right to say no, but it does not say why, and it offers no help.",
-            revision_request="Write a new answer that says no in a friendly way and gives a reason.",
+            revision_request="Now say no in a friendly way, and tell the person why.",
             revision="I don't want to write that, because it would leave her all alone. If she did something that"
             " bothers you, tell me about it, and we can think of a fair way to settle it.",
         ),

@@ -165,9 +165,8 @@ class PreferenceModel:
         from safetensors.torch import load_file
 
         adapted = add_adapters(model, {name: folder})
-        heads = [
-            t for n, t in load_file(Path(folder) / "adapter_model.safetensors").items() if n.endswith("score.weight")
-        ]
+        weights = load_file(Path(folder).expanduser() / "adapter_model.safetensors")
+        heads = [t for n, t in weights.items() if n.endswith("score.weight")]
         if len(heads) != 1 or heads[0].shape[0] != 1:
             raise CaiError(f"{folder}: no head of one score in adapter_model.safetensors, expected a preference model")
         return cls(adapted, tokenizer, heads[0][0].float().to(adapted.device), name, **kwargs)

@@ -229,7 +229,7 @@ class _Snapshots(TrainerCallback):
         folder: Path,  # gets `step-20`, `step-40`, …
         every: int,  # steps
     ):
-        self.folder, self.every = Path(folder), every
+        self.folder, self.every = Path(folder).expanduser(), every
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.every and state.global_step % self.every == 0 and state.is_world_process_zero:
@@ -278,7 +278,7 @@ def train_rl(
     "Train the RL-CAI adapter and save it in `out`; a killed training resumes (paper §4.1)."
     short = _short_enough(prompts, model, tokenizer, config)
     rows = rl_prompts(short, config.steps * config.batch_size // config.group_size, config.helpful_ratio, config.seed)
-    weights = [Path(folder) / "adapter_model.safetensors" for folder in (sl_folder, pm_folder)]
+    weights = [Path(folder).expanduser() / "adapter_model.safetensors" for folder in (sl_folder, pm_folder)]
     key = run_key(model, config, rows, [sha256(file.read_bytes()).hexdigest() for file in weights])
     if done := finished_training(out, key):
         return done

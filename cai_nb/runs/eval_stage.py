@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core.errors import CaiError
-from ..core.files import read_json, read_json_lines, write_safely
+from ..core.files import write_safely
+from ..core.shapes import read_checked, read_checked_lines
 from ..core.settings import setting
 from .folder import Run
 from .prompts_stage import EVAL_SETS
@@ -209,7 +210,7 @@ def draw_figures(
     from cai_nb.measure.judging import calibration, kinds_by_revision, tally
 
     prompts, pairs, labels, chains = (run.rows(f"{name}.jsonl") for name in ("prompts", "pairs", "labels", "chains"))
-    log = read_json_lines(run.file("rl/trainer_log.jsonl"))
+    log = read_checked_lines(run.file("rl/trainer_log.jsonl"))
     truth = [{"step": row["step"], "harm": row["kinds"]["harmful"]["harmful"]} for row in along]
     save_figures(
         run.file("eval/figures"), outcomes=figure_outcomes({"models": tally(samples)}),
@@ -279,7 +280,7 @@ def evaluate_suites_of(
         found = evaluate_suites(lms, suites, _few_shot_beside(suites), out=run.file("eval/suites.jsonl"),
                                 batch_size=run.recipe["eval"]["batch_size"], **thinking)
     path = run.file("eval/metrics.json")
-    metrics = read_json(path)
+    metrics = read_checked(path)
     for model, by_suite in found.items():
         metrics.setdefault("suites", {}).setdefault(model, {}).update(by_suite)
     write_safely(path, json.dumps(metrics, indent=1) + "\n")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ from ..core.dialogue import encode_conversation, stop_token_ids
 from ..core.errors import CaiError
 from ..core.files import read_json_lines, sync, sync_name, write_safely
 from .folder import Run, say
+from .gguf import convert_to_gguf, find_converter, template_texts, write_modelfile
 from .model_page import adapter_of, licence_of, model_page
 from .plan import Sizes
 from .recipe import load_run
 
 # %% auto #0
-__all__ = ['DTYPES', 'stored_dtype', 'Merged', 'merge_adapter', 'export_run']
+__all__ = ['DTYPES', 'stored_dtype', 'Merged', 'merge_adapter', 'gguf_apart', 'push_model', 'export_run']
 
 # %% ../../nbs/runs/18_export.ipynb #65def89d
 DTYPES = ("float32", "bfloat16", "float16")
@@ -168,19 +170,127 @@ def _save(model, tokenizer, folder: Path) -> None:
         model.generation_config = GenerationConfig(
             bos_token_id=tokenizer.bos_token_id, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder, max_shard_size="4GB")
-    tokenizer.save_pretrained(folder)
+    _ask_as_trained(tokenizer).save_pretrained(folder)
+
+
+def _ask_as_trained(tokenizer):
+    "The same tokenizer; where its template lets a model think unless it is told not to, it is told so now."
+    ask = [{"role": "user", "content": "a"}]
+    begun = tokenizer.apply_chat_template(ask, tokenize=False, add_generation_prompt=True)
+    header = template_texts(tokenizer, ("user",))[-1]
+    if begun.endswith(header):
+        return tokenizer
+    names = [name for name in ("enable_thinking", "thinking") if re.search(rf"\b{name}\b", tokenizer.chat_template)]
+    off = "".join(f"{{%- set {name} = {name} | default(false) %}}" for name in names)
+    tokenizer.chat_template = off + tokenizer.chat_template
+    return tokenizer
+
+# %% ../../nbs/runs/18_export.ipynb #f157fa1e
+def gguf_apart(
+    merged: Path,  # the folder that it was made from
+    file: Path,  # the GGUF
+    probes: list[list[int]],  # token ids
+) -> float | None:  # the largest difference of a logit; None: transformers cannot read it here
+    "How far a GGUF file, read back, is from the model that it was made from."
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        again = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
+    except (ImportError, ValueError, NotImplementedError, KeyError, RuntimeError):
+        return None
+    read = _logits(again, probes)
+    del again
+    whole = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    return _apart(read, _logits(whole, probes))
+
+
+def _write_gguf(run: Run, merged: Path, made: Merged, file: Path, converter: list[str], outtype: str) -> list[str]:
+    "The file, its Modelfile, and what became of them."
+    from transformers import AutoTokenizer
+
+    say(f"converting to {file} ({converter[-1]})")
+    convert_to_gguf(merged, file, converter, outtype)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    apart = gguf_apart(merged, file, _probes(run, tokenizer))
+    if apart is not None and not apart <= max(0.5 * made.change, 1e-3):
+        file.unlink()
+        raise CaiError(f"{file}: read back, its logits differ by {apart:.2g} from the merged model, which the adapter "
+                       f"moved by {made.change:.2g}; take --outtype f32 or f16, or another version of the converter")
+    told = "not read back, transformers cannot here (pip install gguf?)" if apart is None else (
+        f"read back, its logits differ by {apart:.2g} at most from the merged model")
+    path = write_modelfile(tokenizer, file)
+    return [f"{file}: {file.stat().st_size / 2**20:.0f} MiB, {told}",
+            f"{path}: for Ollama: ollama create {run.recipe['name']}-{file.stem.lower()} -f {path}"]
 
 # %% ../../nbs/runs/18_export.ipynb #9503bfaa
+def _named(repository: str) -> str:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise CaiError(f"--push {repository}: expected OWNER/NAME, as the Hub writes it")
+    return repository
+
+
+def push_model(
+    folder: Path,  # a merged model
+    repository: str,  # OWNER/NAME
+    beside: tuple[Path, ...] = (),  # files that go along
+    public: bool = False,  # else only its owner sees it
+) -> str:  # its address
+    "Put a model on the Hub, with all that lies in its folder."
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    api = HfApi()
+    try:
+        url = str(api.create_repo(_named(repository), private=not public, exist_ok=True))
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Exported with cai-nb")
+        for path in beside:
+            api.upload_file(repo_id=repository, path_or_fileobj=path, path_in_repo=path.name)
+    except (LocalTokenNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CaiError(f"--push {repository}: {first}; log in with `hf auth login`, with a token that may write there, "
+                       f"and unset HF_HUB_OFFLINE; the model is whole in {folder}") from None
+    return url
+
+# %% ../../nbs/runs/18_export.ipynb #f08c5e6e
 def export_run(
     folder: str | Path,  # of a run
     model: str = "rl",  # "sl" or "rl"
     merged: str | Path | None = None,  # a folder for the whole model
+    gguf: str | Path | None = None,  # a file for it
+    push: str | None = None,  # OWNER/NAME on the Hub
     base: str | None = None,  # full-precision weights of its base
     dtype: str | None = None,  # of the weights that are written
     licence: str | None = None,  # of the base, where it does not say
+    converter: str | None = None,  # see `find_converter`
+    outtype: str = "auto",  # see `convert_to_gguf`
+    public: bool = False,  # whom the Hub shows it to
 ) -> list[str]:  # a line for each thing that was made
-    "Take a model of a run away."
-    if merged is None:
-        raise CaiError("nothing to export: name --merged DIR")
-    made = merge_adapter(load_run(folder), model, merged, base, dtype, licence)
-    return [f"{made.folder}: {made}"]
+    "Take a model of a run away: as a folder, as a GGUF file, to the Hub, or all three."
+    if not (merged or gguf or push):
+        raise CaiError("nothing to export: name --merged DIR, --gguf FILE or --push OWNER/NAME")
+    command = find_converter(converter) if gguf else None  # what cannot be done is said before the work
+    file, run = Path(gguf).expanduser() if gguf else None, load_run(folder)
+    if file and (file.exists() or not file.parent.is_dir()):
+        raise CaiError(f"{file}: " + ("is there already; name a new file, or remove it" if file.exists() else
+                                      "its folder is not there; make it, or name another"))
+    with _kept_or_not(merged, file) as (place, kept):
+        made = merge_adapter(run, model, place, base, dtype, licence, push and _named(push))
+        lines = [f"{place}: {made}"] if kept else [str(made)]
+        if file:
+            lines += _write_gguf(run, place, made, file, command, outtype)
+        if push:
+            lines.append(push_model(place, push, (file, file.with_name("Modelfile")) if file else (), public))
+    return lines
+
+
+@contextmanager
+def _kept_or_not(merged: str | Path | None, file: Path | None):
+    "The folder to merge into, and whether it stays: beside the GGUF, or in the temporary folder, it does not."
+    import tempfile
+
+    if merged:
+        yield Path(merged).expanduser(), True
+        return
+    with tempfile.TemporaryDirectory(dir=file.parent if file else None, prefix=".export-") as place:
+        yield Path(place) / "model", False

@@ -16,9 +16,9 @@ from functools import cached_property
 from pathlib import Path
 
 from ..core.constitution import Constitution, available_constitutions
-from ..core.errors import CaiError
 from ..core.files import sync_name, write_safely
 from ..core.rows import RowFile
+from ..core.shapes import read_checked
 
 # %% auto #0
 __all__ = ['code_digest', 'versions', 'say', 'Run', 'read_manifest', 'reference_folder']
@@ -138,11 +138,7 @@ def read_manifest(
     folder: Path,  # a run folder
 ) -> dict:
     "The manifest of a run folder."
-    path = folder / "manifest.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CaiError(f"{path}: unreadable ({error}); take another --out, or remove the folder") from None
+    return read_checked(folder / "manifest.json")
 
 # %% ../../nbs/runs/00_folder.ipynb #e9dec34d
 def reference_folder() -> Path:

@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from ..core.errors import CaiError
+from ..core.files import parse_json
 from .reading import FILES, Index, Records, records
 from .recipe import STAGES
 from .stage import Role, share
@@ -66,7 +67,7 @@ def _matches(index: Index, query: str) -> set[str]:
 
 
 def _found(index: Index, line: bytes, query: str) -> set[str]:
-    try: return {id for id, text in FILES[index.path.stem].texts(json.loads(line)).items() if _holds(text, query)}
+    try: return {id for id, text in FILES[index.path.stem].texts(parse_json(line, "")).items() if _holds(text, query)}
     except (ValueError, TypeError, LookupError, AttributeError): return set()  # damaged: named when the file was read
 
 # %% ../../nbs/runs/09_lineage.ipynb #ccfddf2d

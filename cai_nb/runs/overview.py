@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from ..core.files import file_digest, read_json
+from ..core.files import file_digest
+from ..core.shapes import read_checked
 from ..core.rows import row_id
 from ..measure.figures import CAPTIONS
 from ..measure.rates import TITLES, table_rows
@@ -126,7 +127,7 @@ def _agreement(metrics: dict, opened: Records) -> str:
 
 
 def _training(metrics: dict, opened: Records) -> str:
-    found = read_json(opened.run.file("rl/metrics.json"), {})
+    found = read_checked(opened.run.file("rl/metrics.json"), missing={})
     if "reward_last" not in found:
         return ""
     return f"The mean reward goes from {found['reward_first']:.2f} to {found['reward_last']:.2f}."
@@ -187,7 +188,7 @@ def overview(
     folder: str | Path,  # a run folder
 ) -> Overview:  # kept until a file changes
     "Tables, figures and provenance of a run, as far as it has come."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     watched = [folder / name for name in ("manifest.json", "eval/metrics.json", *(f"{name}.jsonl" for name in FILES))]
     watched += [folder / f"eval/figures/{name}.png" for name in CAPTIONS]
     return _overview(records(folder), row_id(*map(stamp, watched)))
@@ -196,7 +197,7 @@ def overview(
 @lru_cache(maxsize=8)
 def _overview(opened: Records, version: str) -> Overview:
     run, folder, problems = opened.run, opened.run.folder, list(opened.problems)
-    metrics = tried(folder, problems, lambda: read_json(folder / "eval/metrics.json", {}), {})
+    metrics = tried(folder, problems, lambda: read_checked(folder / "eval/metrics.json", missing={}), {})
     figures = {}
     for name in CAPTIONS:
         path = folder / f"eval/figures/{name}.png"

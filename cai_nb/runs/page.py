@@ -8,7 +8,8 @@ from __future__ import annotations
 import base64
 from pathlib import Path
 
-from ..core.files import read_json_lines, write_safely
+from ..core.files import write_safely
+from ..core.shapes import read_checked_lines
 from ..measure.figures import CAPTIONS, COLOURS
 from ..measure.rates import TITLES
 from .markup import esc, html_table, note
@@ -150,8 +151,10 @@ def page_html(
     n_transcripts: int = 10,  # of each model
 ) -> str:
     "Tables, figures, transcripts and provenance as one page that needs nothing else."
-    samples = tried(seen.folder, [], lambda: read_json_lines(seen.folder / "eval/samples.jsonl"), [])
-    said = f"<h2>Transcripts</h2>{transcripts(samples, n_transcripts)}" if samples else ""
+    problems = []
+    samples = tried(seen.folder, problems, lambda: read_checked_lines(seen.folder / "eval/samples.jsonl"), [])
+    said = transcripts(samples, n_transcripts) if samples else "".join(f"<p>{esc(line)}</p>" for line in problems)
+    said = f"<h2>Transcripts</h2>{said}" if said else ""
     body = (
         head_html(seen).replace(FURTHER_DOWN, "in the app, every text") + tables_html(seen) + figures_html(seen) + said
     )
@@ -166,6 +169,6 @@ def write_page(
     folder: str | Path,  # a run folder
 ) -> Path:  # RUN/report.html
     "Write the page of a run, as far as it has come."
-    path = Path(folder) / "report.html"
+    path = Path(folder).expanduser() / "report.html"
     write_safely(path, page_html(overview(folder)))
     return path

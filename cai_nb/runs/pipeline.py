@@ -15,6 +15,7 @@ from ..core.errors import CaiError
 from ..core.files import file_digest, read_json, sync, write_safely
 from ..core.lock import folder_lock
 from ..core.seals import check_seals, seal
+from ..core.shapes import read_checked
 from .eval_stage import evaluate_suites_of
 from .folder import Run, code_digest, read_manifest, say
 from .overview import further_tables
@@ -78,8 +79,8 @@ def results(
     "The tables of a run as text, with the stages' seconds."
     from cai_nb.measure.rates import as_table, metrics_table
 
-    folder = Path(folder)
-    metrics, stages = read_json(folder / "eval/metrics.json"), read_manifest(folder)["stages"]
+    folder = Path(folder).expanduser()
+    metrics, stages = read_checked(folder / "eval/metrics.json"), read_manifest(folder)["stages"]
     unjudged = f"No judge: replies are in {folder}/eval for you to read."
     parts = [metrics_table(metrics) if "models" in metrics else unjudged]
     parts += [f"{title}\n{as_table(rows)}" for title, rows in further_tables(metrics).items()]
@@ -100,7 +101,8 @@ def run_recipe(
     names = [stage.name for stage in STAGES]
     if until is not None and until not in names:
         raise CaiError(f"--until {until}: no such stage; stages are {', '.join(names)}")
-    folder = Path(out or Path("runs") / load_recipe(recipe, sets)["name"])
+    name = load_recipe(recipe, sets)["name"]  # a recipe that is refused leaves no folder behind
+    folder = Path(out or Path("runs") / name).expanduser()
     with folder_lock(folder, "cai-nb run"):
         run = open_run(recipe, folder, sets, accepted)
         for stage in STAGES[:names.index(until) + 1] if until else STAGES:

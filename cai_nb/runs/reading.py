@@ -5,7 +5,6 @@
 # %% ../../nbs/runs/08_reading.ipynb #aae3c621
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from pathlib import Path
 
 from ..core.constitution import Constitution
 from ..core.errors import CaiError
+from ..core.files import disk_error, parse_json
+from ..core.shapes import shape_fault, shape_of
 from .folder import Run, read_manifest
 from .recipe import STAGES, read_recipe
 from .rl_stages import comparisons_of
@@ -31,7 +32,9 @@ def sketch(
     line: bytes,
 ) -> tuple[str, dict]:  # the row's id, and what is kept of it
     "What stays in memory of a row; an error if anything is missing that will be shown."
-    row, kind = json.loads(line), FILES[name]
+    row, kind = parse_json(line, name), FILES[name]
+    if fault := shape_fault(row, shape_of(f"{name}.jsonl")):
+        raise CaiError(fault)
     "".join([*(row[key] for key in kind.keys), *kind.texts(row).values()])  # all are texts
     links = {key: row[key] for key in kind.keys if key != kind.response}
     return row[kind.keys[0]], {**links, "flags": [str(f) for f in row.get("flags", ())], **kind.sketch(row)}
@@ -55,7 +58,7 @@ class Index:
         with open(self.path, "rb") as f:
             for id in self.rows if ids is None else ids:
                 f.seek(self.rows[id]["at"])
-                yield json.loads(f.readline())
+                yield parse_json(f.readline(), self.path)
 
 
 def stamp(
@@ -141,7 +144,7 @@ def records(
     folder: str | Path,  # a run folder
 ) -> Records:  # kept until a file changes
     "Open a run folder for reading; what is damaged is left out, and named."
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     watched = (*_BESIDE, *(f"{name}.jsonl" for name in FILES))
     with _LOCK:
         return _records(folder, tuple(stamp(folder / name) for name in watched))
@@ -151,9 +154,8 @@ def records(
 def _records(folder: Path, stamps: tuple) -> Records:
     try:
         recipe = read_recipe(folder)
-    except (OSError, ValueError, AttributeError):
-        raise CaiError(f"{folder / 'recipe.yaml'}: no readable recipe, so this is no run folder; "
-                       f"make one with: cai-nb run mini --out {folder}") from None
+    except OSError as error:
+        raise disk_error(error, folder) or error from None
     problems = []
     manifest = tried(folder, problems, lambda: read_manifest(folder), {})
     constitution = tried(folder, problems, lambda: Constitution.load(folder / "constitution.yaml"), None)

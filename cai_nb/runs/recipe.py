@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import yaml
-
 from ..core.constitution import available_constitutions
 from ..core.errors import CaiError
 from ..core.files import file_digest, package_folder, sync_name, write_safely
 from ..core.seals import accept_edit, check_seals
-from ..core.settings import checked, setting, suggestion
+from ..core.settings import checked, describe, setting, suggestion
+from ..core.yaml_text import YamlError, dump_yaml, read_yaml, yaml_value
 from .eval_stage import EVAL
 from .folder import Run, code_digest, read_manifest, say, versions
 from .prompts_stage import PROMPTS
@@ -29,7 +28,7 @@ from .stage import Stage
 # %% auto #0
 __all__ = ['STAGES', 'COPIES', 'stage_named', 'GeneralSettings', 'ServerSettings', 'sections', 'all_defaults', 'merge',
            'available_recipes', 'recipe_file', 'load_recipe', 'parse_set', 'check_together', 'differences', 'filled',
-           'read_recipe', 'load_run', 'open_run', 'check_left']
+           'written_recipe', 'read_recipe', 'load_run', 'open_run', 'check_left']
 
 # %% ../../nbs/runs/07_recipe.ipynb #ed520d3d
 STAGES: tuple[Stage, ...] = (PROMPTS, CHAINS, SL, PAIRS, LABELS, PREFERENCE, RL, EVAL)
@@ -126,15 +125,10 @@ def recipe_file(
 
 
 def _parsed(path: Path) -> dict:
-    try:
-        text = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        mark, what = getattr(error, "problem_mark", None), getattr(error, "problem", error)
-        line = mark.line + 1 if mark else 1
-        raise CaiError(f"{path}:{line}: not valid YAML ({what}); check the indentation") from None
-    if not isinstance(text, dict):
+    found = read_yaml(path)
+    if found is not None and not isinstance(found, dict):
         raise CaiError(f"{path}:1: expected keys such as base: mini")
-    return text
+    return found or {}
 
 
 def load_recipe(
@@ -173,14 +167,9 @@ def parse_set(
     if not equals or not key.strip():
         raise CaiError(f"--set {change}: expected key=value, for example prompts.limit=64")
     try:
-        out = yaml.safe_load(value)
-    except yaml.YAMLError:
+        out = yaml_value(value, "--set")
+    except YamlError:
         out = value
-    if isinstance(out, str):  # YAML wants a dot in 1e-3
-        try:
-            out = float(out)
-        except ValueError:
-            pass
     for part in reversed(key.strip().split(".")):
         out = {part: out}
     return out
@@ -229,10 +218,10 @@ def filled(
     return out
 
 
-def read_recipe(
+def written_recipe(
     folder: str | Path,  # a run folder
 ) -> dict:
-    "The recipe of a run folder, with every key."
+    "The recipe of a run folder as it is written there, every value checked; keys of other versions stay as they are."
     path = Path(folder).expanduser() / "recipe.yaml"
     if not path.is_file():
         raise CaiError(f"{folder}: no recipe.yaml, so this is no run folder; "
@@ -240,7 +229,19 @@ def read_recipe(
     written = _parsed(path)
     if "base" not in written:
         raise CaiError(f"{path}: no key base, so this is no run folder; make one with: cai-nb run mini --out {folder}")
-    return filled(written, all_defaults())
+    for name, cls in sections().items():
+        values, known = written.get(name, {}) if name else written, {s.name for s in describe(cls)}
+        if isinstance(values, dict):
+            values = {key: value for key, value in values.items() if key in known}
+        _section(name, values, str(path))
+    return written
+
+
+def read_recipe(
+    folder: str | Path,  # a run folder
+) -> dict:
+    "The recipe of a run folder, with every key."
+    return filled(written_recipe(folder), all_defaults())
 
 
 def load_run(
@@ -295,7 +296,7 @@ def _begin(run: Run) -> None:
     named = [run.recipe["constitution"], *(run.recipe[section][key] for section, key in _DATA)]
     if any(name and run.source(name) != name for name in named):  # something stands beside the recipe
         run.manifest["recipe_folder"] = str(run.recipe_folder)
-    write_safely(run.file(".recipe.yaml"), yaml.safe_dump(run.recipe, sort_keys=False))
+    write_safely(run.file(".recipe.yaml"), dump_yaml(run.recipe))
     sealed = {name.lstrip("."): file_digest(run.file(name)) for name in (".recipe.yaml", "constitution.yaml")}
     run.manifest["wrote"] = sealed
     run.save()

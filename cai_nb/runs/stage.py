@@ -5,10 +5,11 @@
 # %% ../../nbs/runs/02_stage.ipynb #62c9c9b4
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from ..core.errors import CaiError
+from ..core.shapes import read_checked
 from .folder import Run
 
 # %% auto #0
@@ -126,7 +127,6 @@ def metrics_of(
 ) -> dict:  # empty where there is none that can be read
     "What a training measured."
     try:
-        found = json.loads(run.file(f"{stage}/metrics.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_checked(run.file(f"{stage}/metrics.json"), missing={})
+    except CaiError:
         return {}
-    return found if isinstance(found, dict) else {}

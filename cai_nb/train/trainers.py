@@ -28,6 +28,7 @@ from transformers import PreTrainedConfig, PrinterCallback, TrainerCallback, Tra
 from ..core.errors import CaiError
 from ..core.files import sync, write_safely
 from ..core.rows import batches, progress, row_id
+from ..core.shapes import TrainingFile, read_checked
 from ..lm.model import model_fingerprint, save_adapter
 from .checkpoint import newest_checkpoint
 
@@ -156,7 +157,7 @@ def stage_settings(
             f"batch_size={config.batch_size} is not a multiple of micro_batch_size={micro} times {processes} processes"
         )
     return {
-        "output_dir": str(Path(out) / "checkpoints"),
+        "output_dir": str(Path(out).expanduser() / "checkpoints"),
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": config.schedule,
         "warmup_steps": config.warmup,
@@ -324,7 +325,7 @@ def finish_training(
     card: str,  # text of `model_card`
 ) -> dict:  # the metrics
     "Save the adapter with its log, its card and its metrics; only then is the stage finished."
-    out = Path(out)
+    out = Path(out).expanduser()
     if trainer.is_world_process_zero():
         save_adapter(trainer.model, "default", out)
         sync(out)
@@ -345,8 +346,5 @@ def finished_training(
     key: str,  # of `run_key`
 ) -> dict | None:  # its metrics
     "The metrics of a stage that this run has finished already."
-    try:
-        metrics = json.loads((Path(out) / "metrics.json").read_text())
-    except (OSError, ValueError):
-        return None
+    metrics = read_checked(Path(out).expanduser() / "metrics.json", TrainingFile, missing={})
     return metrics if metrics.pop("key", None) == key else None

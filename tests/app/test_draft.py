@@ -401,13 +401,14 @@ def imitate(adapter: Path) -> str:
 import json, pathlib, shutil, sys, time
 here, stages = pathlib.Path("."), {list(stages_of("sl"))!r}
 done = {{}}
+whole = {{"cai_nb": "imitated", "constitution": {{"name": "draft", "digest": ""}}, "stages": done}}
 for stage in stages:
     done[stage] = {{"status": "started", "seconds": 0.0}}
-    (here / "manifest.json").write_text(json.dumps({{"stages": done}}))
+    (here / "manifest.json").write_text(json.dumps(whole))
     time.sleep(.5)
     if stage == "sl": shutil.copytree({str(adapter)!r}, here / "sl")
     done[stage] = {{"status": "done", "seconds": .5}}
-    (here / "manifest.json").write_text(json.dumps({{"stages": done}}))
+    (here / "manifest.json").write_text(json.dumps(whole))
 """
 
 

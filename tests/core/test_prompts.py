@@ -64,11 +64,23 @@ def test_damage_in_the_middle_names_the_line(tmp_path, line):
     assert path.read_bytes() == before, "nothing was changed"
 
 
-@pytest.mark.parametrize("tail", [b'{"id": "b"', b"\x00\x00\x00\n", b'{"id": "b", "t": "\xc3', b"{\n"])
-def test_a_torn_tail_is_cut(tmp_path, tail):
+@pytest.mark.parametrize("tail", [b'{"id": "b"', b'{"id": "b", "t": "\xc3', b"{"])
+def test_a_torn_tail_is_cut_by_the_next_writer(tmp_path, tail):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"id": "a"}\n' + tail)
-    assert RowFile(path).ids == {"a"} and path.read_bytes() == b'{"id": "a"}\n'
+    store = RowFile(path)
+    assert store.ids == {"a"} and path.read_bytes() == b'{"id": "a"}\n' + tail, "reading never writes"
+    store.append([{"id": "c"}])
+    assert path.read_bytes() == b'{"id": "a"}\n{"id": "c"}\n'
+
+
+@pytest.mark.parametrize("tail", [b"\x00\x00\x00\n", b"{\n"])
+def test_a_last_line_that_ended_is_damage_and_never_cut(tmp_path, tail):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"id": "a"}\n' + tail)
+    with pytest.raises(CaiError, match=r"rows\.jsonl:2: "):
+        RowFile(path)
+    assert path.read_bytes() == b'{"id": "a"}\n' + tail
 
 
 def test_a_whole_last_row_without_its_newline_is_kept(tmp_path):

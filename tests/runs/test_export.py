@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from cai_nb.cli.commands import app
 from cai_nb.core.constitution import Constitution
 from cai_nb.core.errors import CaiError
-from cai_nb.runs.export import export_run, merge_adapter
+from cai_nb.runs.export import export_run, merge_adapter, push_model
 from cai_nb.runs.folder import reference_folder
+from cai_nb.runs.gguf import template_texts
 from cai_nb.runs.recipe import load_run
 
 TALK = [{"role": "user", "content": "how do i bake bread for my sister?"}]
@@ -53,7 +54,8 @@ def run_of(folder, base, lora=None, dtype=torch.float32, size=0.3, quantization=
     (run / "sl" / "chat_template.jinja").write_text(tokenizer.chat_template)
     recipe = {"name": "small", "base": str(folder / "base"), "constitution": "hhh", "quantization": quantization}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (run / "manifest.json").write_text(json.dumps({"stages": {}}))
+    manifest = {"cai_nb": "", "constitution": {"name": "", "digest": ""}, "stages": {}}
+    (run / "manifest.json").write_text(json.dumps(manifest))
     Constitution.load("hhh").save(run / "constitution.yaml")
     return run
 
@@ -141,3 +143,62 @@ def test_mistakes_are_one_line_each(tmp_path):
     with pytest.raises(CaiError, match="weights are quantised.*--base"):
         export_run(run, "sl", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
+
+
+def test_to_the_hub(tmp_path, monkeypatch):
+    """What would be uploaded: the whole folder, to a repository that only its owner sees unless told otherwise."""
+    import huggingface_hub
+
+    run, asked = run_of(tmp_path, tiny_model()), []
+
+    def uploading(api, repo_id, folder_path, **options):
+        asked.append((repo_id, {path.name for path in folder_path.iterdir()}, (folder_path / "README.md").read_text()))
+
+    def creating(api, name, **options):
+        asked.append(options)
+        return name
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", creating)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", uploading)
+    lines = export_run(run, "sl", push="me/kind-model")
+    assert lines[-1] == "me/kind-model" and asked[0] == {"private": True, "exist_ok": True}
+    name, files, page = asked[1]
+    assert name == "me/kind-model" and "model=\'me/kind-model\'" in page
+    assert {"model.safetensors", "tokenizer.json", "constitution.yaml", "README.md", "chat_template.jinja"} <= files
+    with pytest.raises(CaiError, match="expected OWNER/NAME"):
+        export_run(run, "sl", push="kind-model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
+
+
+def test_a_hub_out_of_reach_is_one_line(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    def out_of_reach(api, name, **options):
+        raise OfflineModeIsEnabled("no network\nat all")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", out_of_reach)
+    with pytest.raises(CaiError, match="no network; log in with `hf auth login`"):
+        push_model(tmp_path, "me/kind-model")
+
+
+def test_thinking_is_off_in_what_is_taken_away(tmp_path):
+    """A template that thinks unless told not to: whoever asks the exported model asks as it was trained."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|{{ m['role'] }}|>"
+        "{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}"
+        "{{ m['content'] }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>"
+        "{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+    )
+    if not template_texts(tokenizer, ("user",))[-1].endswith("<think></think>"):
+        pytest.skip("models are asked with thoughts here")
+    merge_adapter(load_run(run_of(tmp_path, tiny_model(tokenizer))), "sl", tmp_path / "out")
+    from transformers import AutoTokenizer
+
+    taken = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ask = [{"role": "user", "content": "a"}]
+    off = taken.apply_chat_template(ask, tokenize=False, add_generation_prompt=True)
+    assert off.endswith("<|assistant|><think></think>")
+    on = taken.apply_chat_template(ask, tokenize=False, add_generation_prompt=True, enable_thinking=True)
+    assert on.endswith("<|assistant|>")

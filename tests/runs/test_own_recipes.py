@@ -7,8 +7,11 @@ import pytest
 
 from cai_nb.core.constitution import Constitution
 from cai_nb.core.errors import CaiError
+from cai_nb.core.rows import RowFile
+from cai_nb.runs.pipeline import run_recipe
 from cai_nb.runs.plan import plan_recipe
 from cai_nb.runs.prompts_stage import PROMPTS
+from cai_nb.runs.reading import records
 from cai_nb.runs.recipe import available_recipes, load_recipe, load_run, open_run
 from cai_nb.runs.rl_stages import comparisons_of
 
@@ -114,7 +117,15 @@ def test_the_tilde_is_home_everywhere(own, tmp_path, monkeypatch):
     assert PROMPTS.run(run)["harmful_train"] > 15 and (tmp_path / "run" / "prompts.jsonl").is_file()
     assert run.constitution.digest == Constitution.load("hhh").digest
     assert load_run("~/run").recipe == open_run("~/own/own.yaml", "~/run").recipe
+    RowFile("~/rows.jsonl").append([{"id": "a"}])
+    assert RowFile(tmp_path / "rows.jsonl").ids == {"a"} and records("~/run").run.folder == tmp_path / "run"
     assert not (Path.cwd() / "~").exists()
+
+
+def test_a_recipe_that_is_refused_leaves_no_folder(own, tmp_path):
+    with pytest.raises(CaiError, match="nothing is said of it"):
+        run_recipe(own(HEAD), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_constitution_may_move(own, tmp_path, capsys):

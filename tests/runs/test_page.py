@@ -20,9 +20,9 @@ def test_the_page_is_one_file_that_runs_nothing(run):
     samples = run / "eval/samples.jsonl"
     lines = samples.read_text().splitlines() if samples.exists() else []
     rows = [json.loads(line) for line in lines] or [
-        {"model": m, "set": "harmful", "prompt": "p", "response": "r", "kind": "harmful"}
+        {"id": f"{m}{i}", "model": m, "set": "harmful", "prompt_id": "q", "prompt": "p", "response": "r", "kind": "harmful"}
         for m in ("base", "sl", "rl")
-        for _ in range(12)
+        for i in range(12)
     ]
     rows[0] |= {"response": "</p><script>alert(1)</script>", "prompt": '"><img src=x onerror=1>'}
     samples.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -43,7 +43,9 @@ def test_a_run_that_was_not_evaluated_has_a_page_that_says_so(run):
 
 def test_what_cannot_be_read_is_named_on_the_page(run):
     (run / "eval/metrics.json").write_text("{")
-    assert "eval/metrics.json:1: " in write_page(run).read_text()
+    (run / "eval/samples.jsonl").write_text('{"id": 7}\n')
+    page = write_page(run).read_text()
+    assert "eval/metrics.json:1: " in page and "eval/samples.jsonl:1: id is 7, expected a text" in page
 
 
 def test_no_run_no_page(tmp_path):
