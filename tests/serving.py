@@ -121,17 +121,17 @@ def events(url: str, name: str, id: str):
 
 
 @contextmanager
-def process(folder: Path, **settings):
-    "The app in a process of its own, as (address, process)."
+def process(home: Path, **settings):
+    "The app in a process of its own, as (address, process); its log lies in `home`."
     port = free_port()
     code = f"import serving; serving.run_forever({port}, {settings!r})"
-    log = open(folder / "server.log", "w")
+    log = open(home / "server.log", "w")
     server = subprocess.Popen(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=log, text=True
     )
     try:
         url = server.stdout.readline().strip()
-        assert url, (folder / "server.log").read_text()
+        assert url, (home / "server.log").read_text()
         yield url, server
     finally:
         server.kill()
