@@ -10,7 +10,7 @@ NOTEBOOKS = $(sort $(filter-out %-checkpoint.ipynb,$(wildcard nbs/*.ipynb nbs/*/
 QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False MPLBACKEND=Agg \
 	TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 CAI_SCREENSHOTS=$(CURDIR)/screenshots
 
-.PHONY: demo test test-endpoint export outputs mini bench gpu-check gpu-wheels reach clean
+.PHONY: demo test faults test-endpoint export outputs mini bench gpu-check gpu-wheels reach clean
 
 demo: .venv/.ready
 	$(BIN)/cai-nb run mini --out $(RUN)
@@ -20,6 +20,10 @@ test: .venv/.ready-dev
 	$(QUIET) $(BIN)/python -m pytest -q tests/test_house.py
 	$(QUIET) $(BIN)/nbdev-test --n-workers 2 --timing
 	$(QUIET) $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/test_house.py tests
+
+# Faults in their long forms: kills over all stages, every moment of a rename, every way to damage a file
+faults: .venv/.ready-dev
+	$(QUIET) $(BIN)/python -m pytest -q -m "long or not long" tests/faults
 
 export: .venv/.ready-dev
 	$(BIN)/nbdev-clean

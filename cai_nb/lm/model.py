@@ -23,6 +23,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from ..core.adapters import check_adapter_folder
 from ..core.errors import CaiError, notice
 from ..core.dialogue import encode_conversation, ensure_chat_template, stop_texts
 
@@ -355,6 +356,7 @@ def save_adapter(
 def add_adapters(
     model,  # a base, with or without adapters
     adapters: dict[str, str | Path],  # name to give → folder of a saved adapter
+    kind: str = "CAUSAL_LM",  # or "SEQ_CLS": preference models
 ):  # a PeftModel in eval mode, all its adapters frozen; the base within is the same object
     "Put saved LoRA adapters on one base. Of a preference model this loads the LoRA; its head is not part of the base."
     from peft import PeftConfig, PeftModel
@@ -366,6 +368,7 @@ def add_adapters(
             found = "only a pickled adapter_model.bin, which may run code" if pickled else "no adapter here"
             raise CaiError(f"{folder}: {found}; "
                            "expected adapter_config.json and adapter_model.safetensors")
+        check_adapter_folder(folder, kind, model)
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), adapter_name=name, use_safetensors=True)
             continue
