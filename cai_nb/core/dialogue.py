@@ -14,8 +14,8 @@ from weakref import WeakKeyDictionary, ref
 from .errors import CaiError, notice
 
 # %% auto #0
-__all__ = ['PLAIN_TEMPLATE', 'parse_transcript', 'format_transcript', 'encode_text', 'encode_conversation', 'stop_token_ids',
-           'stop_texts', 'ensure_chat_template']
+__all__ = ['PLAIN_TEMPLATE', 'parse_transcript', 'format_transcript', 'encode_text', 'encode_conversation', 'encode_answer',
+           'assistant_header', 'stop_token_ids', 'stop_texts', 'ensure_chat_template']
 
 # %% ../../nbs/core/06_dialogue.ipynb #d4495475
 _NAMES = {"Human": "user", "Assistant": "assistant"}
@@ -173,11 +173,17 @@ def _slotted(text: str) -> list:
     return [*pieces, text[end:]]
 
 
-def _pieces(tokenizer, messages: list[dict], add_generation_prompt: bool) -> list:
+_SWITCHES = ("enable_thinking", "thinking")  # what templates call it: Qwen3, GLM, Gemma 4; DeepSeek V3.1, Granite
+
+
+def _pieces(tokenizer, messages: list[dict], add_generation_prompt: bool, thinking: bool = False) -> list:
     "The template's own text, with a slot where each message's content goes."
     hollow = [{"role": m["role"], "content": f"\x0b\ue000{i}\ue001\x0b"} for i, m in enumerate(messages)]
+    switch = {name: thinking for name in _SWITCHES if re.search(rf"\b{name}\b", tokenizer.chat_template or "")}
     try:
-        text = tokenizer.apply_chat_template(hollow, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.apply_chat_template(
+            hollow, tokenize=False, add_generation_prompt=add_generation_prompt, **switch
+        )
     except Exception as error:  # a template raises whatever it likes
         roles = ", ".join(m["role"] for m in messages)
         raise CaiError(f"the chat template of {tokenizer.name_or_path!r} refuses {roles}: {error}") from error
@@ -188,11 +194,25 @@ def _pieces(tokenizer, messages: list[dict], add_generation_prompt: bool) -> lis
                        f"({messages[min(lost)]['role']}); use a model whose template keeps it")
     return pieces
 
+# %% ../../nbs/core/06_dialogue.ipynb #a9e4ce2d
+def _unthinking(tokenizer, messages: list[dict], asked: list) -> list:
+    "`asked`, a conversation with the assistant's header, but that header as it stands before a finished answer."
+    try:
+        finished = _pieces(tokenizer, [*messages, {"role": "assistant"}], add_generation_prompt=False)
+    except CaiError:  # an assistant's turn cannot follow here
+        return asked
+    last = max(i for i, piece in enumerate(finished) if isinstance(piece, _Slot) and piece.index == len(messages))
+    before, header, own = finished[:last - 1], finished[last - 1].rstrip(" "), asked[-1]
+    if before != asked[:-1] or not (header.startswith(own.rstrip()) or own.startswith(header.rstrip())):
+        return asked
+    more, less = header[len(own.rstrip()):], own[len(header.rstrip()):]
+    return [*before, header] if more.strip() or _THOUGHT.search(less) else asked
+
+
+_THOUGHT = re.compile(r"think|thought|reason", re.IGNORECASE)
+
 # %% ../../nbs/core/06_dialogue.ipynb #a2b4a1e8
 _WORD = re.compile(r"<</?[A-Z]+>>|<[^<>\s]{1,40}>|\[/?[A-Z_]{2,20}\]|#{2,6} ?[A-Z][^\n:#]{1,30}:")
-_THOUGHT = re.compile(r"think|reason|thought", re.IGNORECASE)
-
-
 def _turn_ends(
     tokenizer,
     split,  # a template's text → cut at its control tokens, these at odd places
@@ -251,8 +271,10 @@ class _Codec:
         "Tokens of `text`, none of them control; not to be changed by who gets them."
         return _plain_ids(self.plain, text, self.ids, self._tokenizer().name_or_path)
 
-    def _render(self, roles: tuple[str, ...], add_generation_prompt: bool) -> list:
-        return _pieces(self._tokenizer(), [{"role": role} for role in roles], add_generation_prompt)
+    def _render(self, roles: tuple[str, ...], add_generation_prompt: bool, thinking: bool = False) -> list:
+        tokenizer, messages = self._tokenizer(), [{"role": role} for role in roles]
+        pieces = _pieces(tokenizer, messages, add_generation_prompt, thinking)
+        return pieces if thinking or not add_generation_prompt else _unthinking(tokenizer, messages, pieces)
 
     def split(self, text: str) -> list[str]:
         "Text of a template, cut at its control tokens: even places are text, odd ones control."
@@ -264,6 +286,7 @@ class _Codec:
         eos = self._tokenizer().eos_token_id
         ends, words = _turn_ends(self._tokenizer(), self.split)
         stops = ([] if eos is None else [eos]) + [self.control[name][0] for name in ends]
+
         return list(dict.fromkeys(stops)), words
 
 
@@ -292,6 +315,7 @@ class _Writer:
     def __init__(self, codec: _Codec):
         self.codec, self.ids = codec, []
         self.text, self.eats = "", False  # text that waits; whether the token before it eats its blanks
+        self.fresh = True  # the next text stands at the beginning, or behind a control token
 
     def add_text(self, part: str) -> None:
         if self.eats and not self.text:
@@ -305,12 +329,13 @@ class _Writer:
             self.text = self.text.rstrip()
         self.flush()
         self.ids.append(id)
-        self.eats = token.rstrip
+        self.eats, self.fresh = token.rstrip, True
 
     def flush(self) -> list[int]:
         "Encode what waits; all tokens so far."
-        self.ids += self.codec.encode(self.codec.prefix.before(self.text, not self.ids))
-        self.text = ""
+        prefix = self.codec.prefix if self.fresh else _Prefix()
+        self.ids += self.codec.encode(prefix.before(self.text, not self.ids))
+        self.text, self.fresh = "", self.fresh and not self.text
         return self.ids
 
 
@@ -335,27 +360,62 @@ def encode_conversation(
     messages: list[dict],  # the conversation
     add_generation_prompt: bool = True,  # end with the assistant's header
     continue_final: bool = False,  # leave the last message, an assistant's, open so that the model continues it
+    thinking: bool = False,  # let a model that can think do so before it answers
 ) -> list[int]:  # token ids
     "A conversation in the tokenizer's chat template; control tokens come from the template only, never from content."
     codec = _codec(tokenizer)
     _check_conversation(messages, continue_final)
     if continue_final and not messages[-1]["content"].strip():  # nothing to continue: that is the header alone
         messages, continue_final, add_generation_prompt = messages[:-1], False, True
-    pieces = codec.pieces(tuple(m["role"] for m in messages), add_generation_prompt and not continue_final)
+    pieces = codec.pieces(tuple(m["role"] for m in messages), add_generation_prompt and not continue_final, thinking)
     if continue_final:
         last = max(i for i, p in enumerate(pieces) if isinstance(p, _Slot) and p.index == len(messages) - 1)
         pieces = pieces[:last + 1]
-    writer = _Writer(codec)
+    return _written(_Writer(codec), pieces, messages)
+
+
+def _written(writer: _Writer, pieces: list, messages: list[dict]) -> list[int]:
+    "The tokens that were written before, and those of these pieces."
     for before, piece in zip(["", *pieces], pieces):
         if isinstance(piece, _Slot):
-            writer.add_text(_fill(piece, messages[piece.index]["content"], codec.turns[1], before))
+            writer.add_text(_fill(piece, messages[piece.index]["content"], writer.codec.turns[1], before))
             continue
-        for place, part in enumerate(codec.split(piece)):
+        for place, part in enumerate(writer.codec.split(piece)):
             if place % 2:
                 writer.add_control(part)
             else:
                 writer.add_text(part)
     return writer.flush()
+
+# %% ../../nbs/core/06_dialogue.ipynb #855fe86d
+def encode_answer(
+    tokenizer,  # a fast tokenizer with a chat template
+    messages: list[dict],  # a finished conversation: the last message is the assistant's
+) -> tuple[list[int], list[int]]:  # tokens of the prompt, as it is asked; and of the answer behind it, to its end
+    "A conversation as it is learnt: the answer's tokens follow the prompt's just as they do when it is sampled."
+    codec, roles = _codec(tokenizer), tuple(m["role"] for m in messages)
+    _check_conversation(messages, True)
+    asked, finished = codec.pieces(roles[:-1], True), codec.pieces(roles, False)
+    last = max(i for i, p in enumerate(finished) if isinstance(p, _Slot) and p.index == len(messages) - 1)
+    writer, header = _Writer(codec), finished[last - 1]
+    prompt = list(_written(writer, asked, messages))
+    if finished[:last - 1] != asked[:-1] or not header.startswith(asked[-1]):  # what is the same is the prompt
+        whole = encode_conversation(tokenizer, messages, add_generation_prompt=False)
+        start = next((i for i, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
+        return whole[:start], whole[start:]
+    rest = [header[len(asked[-1]):], *finished[last:]]
+    answer, stops = _written(writer, rest, messages)[len(prompt):], codec.turns[0]
+    if set(stops) & set(answer) or any(word in "".join(rest[2:]) for word in stop_texts(tokenizer)):
+        return prompt, answer
+    return prompt, answer + [id for id in stops if id != tokenizer.eos_token_id][:1]  # GLM: the next turn's mark
+
+# %% ../../nbs/core/06_dialogue.ipynb #27a6a2e3
+def assistant_header(
+    tokenizer,  # a fast tokenizer with a chat template
+    thinking: bool = False,  # as for `encode_conversation`
+) -> str:
+    "What the template puts behind a user's message, up to where the assistant speaks."
+    return _codec(tokenizer).pieces(("user",), True, thinking)[-1]
 
 # %% ../../nbs/core/06_dialogue.ipynb #276fe1b1
 def stop_token_ids(

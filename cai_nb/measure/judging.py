@@ -124,7 +124,8 @@ def _row(task: dict, reply, verdict: Verdict, model: str, prompt_set: str) -> di
     "A row of eval/samples.jsonl."
     return {"id": task["id"], "model": model, "set": prompt_set, "prompt_id": task["prompt_id"],
             "prompt": prompt_text(task), "response": reply.text,
-            "kind": verdict.kind, "reason": verdict.reason, "flags": list(reply.flags)}
+            "kind": verdict.kind, "reason": verdict.reason, "flags": list(reply.flags),
+            **({"thoughts": reply.thoughts} if getattr(reply, "thoughts", "") else {})}
 
 # %% ../../nbs/measure/01_judging.ipynb #9c1fb4d2
 def tally(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from ..core.errors import CaiError
 from ..core.principle import Principle
 from ..core.rows import row_id
-from ..lm.bulk import ask, converse, draw_seed, extra_flags, lm_digest, session, stored_rows
+from ..lm.bulk import ask, converse, draw_seed, extra_flags, lm_digest, session, stored_rows, thoughts_of
 
 # %% ../../nbs/method/01_critique.ipynb #ce20fdbc
 @dataclass(frozen=True)
@@ -271,8 +271,9 @@ def chain_steps(
     "One chain from where `row` stands to its last principle; `row` holds at any moment what was said (paper §3.1)."
     id, messages = prompt["id"], prompt["messages"]
     if row["response"] is None:
-        text, flags = yield Ask(messages, draw_seed(seed, id, 0, "response"), 0, "response", row)
-        row["response"] = text
+        answer = yield Ask(messages, draw_seed(seed, id, 0, "response"), 0, "response", row)
+        (text, flags), row["response"] = answer, answer[0]
+        row.update(thoughts_of(answer))
         row["flags"] += [f"step0:{f}" for f in [*flags, *extra_flags(flag, prompt, text)]]
     for n, principle in list(enumerate(principles, 1))[len(row["steps"]):]:
         text = row["steps"][-1]["revision"] if row["steps"] else row["response"]
@@ -281,13 +282,14 @@ def chain_steps(
         row["steps"].append(step)
         if critiques:
             asked = with_examples(examples, critique_request(now, principle, layout))
-            step["critique"], flags = yield Ask(
-                asked, draw_seed(seed, id, n, "critique"), n, "critique", step, principle
-            )
+            answer = yield Ask(asked, draw_seed(seed, id, n, "critique"), n, "critique", step, principle)
+            step["critique"], flags = answer
             row["flags"] += [f"critique{n}:{f}" for f in flags]
+            step.update({f"critique_{key}": said for key, said in thoughts_of(answer).items()})
         asked = with_examples(examples, revision_request(now, principle, step["critique"], layout))
-        text, flags = yield Ask(asked, draw_seed(seed, id, n, "revision"), n, "revision", step, principle)
-        step["revision"] = text
+        answer = yield Ask(asked, draw_seed(seed, id, n, "revision"), n, "revision", step, principle)
+        (text, flags), step["revision"] = answer, answer[0]
+        step.update(thoughts_of(answer))
         talk = ["meta_talk"] if is_meta_talk(text) else []
         row["flags"] += [f"step{n}:{f}" for f in [*flags, *talk, *extra_flags(flag, prompt, text)]]
     return row

@@ -13,7 +13,7 @@ import numpy as np
 from ..core.errors import CaiError
 from ..core.principle import Principle
 from ..core.rows import RowFile, row_id
-from ..lm.bulk import ask, draw_seed, extra_flags, is_cut, lm_digest, session, stored_rows
+from ..lm.bulk import Answer, ask, draw_seed, extra_flags, is_cut, lm_digest, session, stored_rows, thoughts_of
 from cai_nb.method.comparison import (
     COMPARISON_LAYOUTS, OPTIONS, comparison_context, comparison_shots, draw_comparisons, verdict_context,
 )
@@ -56,7 +56,8 @@ def sample_pairs(
         both = [u["prompt"] for u in batch for _ in "ab"]
         seeds = [draw_seed(seed, u["prompt"]["id"], "pair", which) for u in batch for which in "ab"]
         answers = ask(lm, [p["messages"] for p in both], seeds, temperature, max_new_tokens)
-        noted = [(text, [*flags, *extra_flags(flag, p, text)]) for p, (text, flags) in zip(both, answers)]
+        noted = [Answer(text, [*answer[1], *extra_flags(flag, p, text)], answer.thoughts)
+                 for p, answer in zip(both, answers) for text in answer[:1]]
         return [_pair_row(u, a, b) for u, a, b in zip(batch, noted[::2], noted[1::2])]
 
     settings = [lm_digest(lm), seed, temperature, max_new_tokens]
@@ -68,7 +69,9 @@ def _pair_row(unit: dict, a: tuple, b: tuple) -> dict:
     "A row of pairs.jsonl from two replies, each (text, flags)."
     flags = [f"a:{flag}" for flag in a[1]] + [f"b:{flag}" for flag in b[1]]
     flags += ["identical"] if a[0] == b[0] else []
-    return {"id": unit["id"], "prompt_id": unit["prompt"]["id"], "responses": [a[0], b[0]], "flags": flags}
+    thoughts = [thoughts_of(answer).get("thoughts", "") for answer in (a, b)]
+    apart = {"thoughts": thoughts} if any(thoughts) else {}
+    return {"id": unit["id"], "prompt_id": unit["prompt"]["id"], "responses": [a[0], b[0]], "flags": flags, **apart}
 
 # %% ../../nbs/method/04_feedback.ipynb #35256baa
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ import numpy as np
 from transformers import TrainerCallback
 
 from ..core.dialogue import encode_conversation, stop_texts, stop_token_ids
+from ..core.adapters import check_adapter_folder
 from ..core.errors import CaiError
 from ..core.rows import row_id
 from ..core.settings import setting
+from ..core.thoughts import split_thoughts, thought_marks
 from ..lm.cache import has_slots
 from ..lm.decoding import Decoding, row_uniforms
 from ..lm.model import check_adapter, evaluating, save_adapter
@@ -68,7 +70,11 @@ def preference_reward(
 ):  # a reward function for TRL
     "The preference model's score of each reply; a score that is not finite stops the run and names the row."
 
+    marks = thought_marks(getattr(scorer, "tokenizer", None))
+
     def preference(prompts, completions, id, log_metric=None, **kwargs):
+        said = [split_thoughts(completion[-1]["content"], marks)[0] for completion in completions]
+        completions = [[{"role": "assistant", "content": text}] for text in said]
         scores = scorer.score([prompt + completion for prompt, completion in zip(prompts, completions)])
         for i in np.flatnonzero(~np.isfinite(scores)):
             raise CaiError(f"RL-CAI: the reward of a reply to prompt {id[i]} is {scores[i]}, expected a finite number; "
@@ -208,6 +214,7 @@ def rl_trainer(
     from peft import PeftModel
 
     args = config.trainer(out, model)
+    check_adapter_folder(sl_folder, base=model)
     policy = PeftModel.from_pretrained(model, str(sl_folder), adapter_name="default", is_trainable=True)
     scorer = PreferenceModel.load(policy, tokenizer, pm_folder, batch_size=32)  # little padding
     model.generation_config.eos_token_id = stop_token_ids(tokenizer)

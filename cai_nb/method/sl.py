@@ -8,7 +8,7 @@ __all__ = ['sl_rows', 'encode_row', 'check_labels', 'encode_rows', 'SLConfig', '
 # %% ../../nbs/method/02_sl.ipynb #0e72623a
 from dataclasses import dataclass
 
-from ..core.dialogue import encode_conversation, encode_text, stop_texts, stop_token_ids
+from ..core.dialogue import encode_answer, encode_text, stop_texts, stop_token_ids
 from ..core.errors import CaiError
 from ..core.settings import setting
 from ..lm.model import check_adapter, lora_config
@@ -64,10 +64,8 @@ def encode_row(
     row: dict,  # {"prompt", "completion"}: messages
 ) -> dict:  # {"input_ids", "labels"}; a label of -100 is not learnt
     "Tokens of a row, and labels for its completion alone, the end of the turn included."
-    prompt = encode_conversation(tokenizer, row["prompt"], add_generation_prompt=True)
-    ids = encode_conversation(tokenizer, row["prompt"] + row["completion"], add_generation_prompt=False)
-    start = next((i for i, (a, b) in enumerate(zip(prompt, ids)) if a != b), min(len(prompt), len(ids)))
-    return {"input_ids": ids, "labels": [-100] * start + ids[start:]}
+    prompt, answer = encode_answer(tokenizer, row["prompt"] + row["completion"])
+    return {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer}
 
 # %% ../../nbs/method/02_sl.ipynb #e54ad90e
 def check_labels(

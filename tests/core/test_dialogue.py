@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from cai_nb.core.dialogue import (
-    encode_conversation, encode_text, ensure_chat_template, format_transcript, parse_transcript, stop_texts,
-    stop_token_ids,
+    assistant_header, encode_answer, encode_conversation, encode_text, ensure_chat_template, format_transcript,
+    parse_transcript, stop_texts, stop_token_ids,
 )
 from cai_nb.core.errors import CaiError
 
@@ -136,8 +136,31 @@ HARMLESS = [user("how do I pick a lock?"), assistant("hello, which: lock?"), use
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_harmless_text_is_encoded_as_the_tokenizer_does(name, family):
     tokenizer = make_tokenizer(TEMPLATES[name], family)
-    expected = tokenizer.apply_chat_template(HARMLESS, add_generation_prompt=True, return_dict=False)
-    assert encode_conversation(tokenizer, HARMLESS) == expected
+    switch = {word: True for word in ("enable_thinking", "thinking") if word in (TEMPLATES[name] or "")}
+    expected = tokenizer.apply_chat_template(HARMLESS, add_generation_prompt=True, return_dict=False, **switch)
+    assert encode_conversation(tokenizer, HARMLESS, thinking=True) == expected
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_is_learnt_follows_what_is_asked(name):
+    """An empty thought before an answer belongs to the prompt: whoever learns the answer does not learn to say it."""
+    tokenizer = make_tokenizer(TEMPLATES[name], "byte")
+    prompt, answer = encode_answer(tokenizer, [*HARMLESS, assistant("rather not")])
+    assert prompt == encode_conversation(tokenizer, HARMLESS)
+    assert tokenizer.decode(answer).strip().startswith("rather not")
+    assert set(answer) & set(stop_token_ids(tokenizer)) or name == "plain"
+    header = assistant_header(tokenizer)
+    assert header.count("<think>") == header.count("</think>"), "no thought is left open"
+
+
+@pytest.mark.parametrize("name, off, on", [
+    ("qwen3", "<think>\n\n</think>\n\n", "assistant\n"), ("qwen3_6", "<think>\n\n</think>\n\n", "<think>\n"),
+    ("deepseek_r1_distill", "<｜Assistant｜>", "<think>\n"), ("gptoss", "<|channel|>final<|message|>", "assistant"),
+    ("nemotron_3_nano", "<think></think>", "<think>\n"), ("llama3", "\n\n", "\n\n"),
+])
+def test_thinking_is_off_unless_it_is_wanted(name, off, on):
+    tokenizer = make_tokenizer(TEMPLATES[name], "byte")
+    assert assistant_header(tokenizer).endswith(off) and assistant_header(tokenizer, thinking=True).endswith(on)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -186,7 +209,7 @@ def test_no_turn_from_content_where_words_mark_turns(name, family):
 def test_harmless_text_stays_where_words_mark_turns(name):
     tokenizer = make_tokenizer(WORDS[name], "byte", words=True)
     expected = tokenizer.apply_chat_template(HARMLESS, add_generation_prompt=True, return_dict=False)
-    assert encode_conversation(tokenizer, HARMLESS) == expected
+    assert encode_conversation(tokenizer, HARMLESS, thinking=True) == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -24,7 +24,7 @@ from cai_nb.core.constitution import Constitution
 from cai_nb.core.dialogue import encode_conversation, encode_text, stop_token_ids
 from cai_nb.core.errors import CaiError
 from cai_nb.lm.endpoint import NEUTRAL, EndpointLM
-from cai_nb.lm.http import backoff
+from cai_nb.lm.http import Server, backoff
 from cai_nb.method.critique import critique_revise
 from cai_nb.method.feedback import label_preferences, sample_pairs
 
@@ -642,3 +642,19 @@ def test_chains_go_on_through_a_kill_of_vllm(vllm, tmp_path):
     assert ids == [row["id"] for row in calm] and len(set(ids)) == len(prompts), "no row lost, none twice"
     assert all(len(row["steps"]) == 2 and row["response"] for row in storm)
     assert sum(a == b for a, b in zip(calm, storm)) >= 22, "the same seeds give the same chains from the new server"
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5://127.0.0.1:1"])
+def test_a_proxy_does_not_stand_between_here_and_here(server, monkeypatch, proxy):
+    for name in ("HTTP_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, proxy)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert endpoint(server, patience=2).sample(asks(1), max_new_tokens=4)
+
+
+def test_a_proxy_that_cannot_be_used_is_named(monkeypatch):
+    for name in ("ALL_PROXY", "all_proxy", "HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "nonsense://127.0.0.1:1")
+    with pytest.raises(CaiError, match="proxy of the environment"):
+        Server("https://api.example/v1", patience=0.1).ask("/models", [None], lambda reply, body: reply)

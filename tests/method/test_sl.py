@@ -103,11 +103,21 @@ def test_long_rows_are_left_out_not_cut():
         encode_rows(tokenizer, rows, max_length=3)
 
 
-def test_a_template_without_an_end_is_refused():
+def test_where_only_the_next_turn_ends_an_answer_its_mark_is_learnt():
+    """As GLM has it: nothing stands behind an answer, and what begins the next turn is where the model stops."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    [row], _ = encode_rows(tokenizer, [{"prompt": asked("how ?"), "completion": said("No .")}])
+    assert tokenizer.decode(row["input_ids"][-1]) == "<|user|>" and row["labels"][-1] == row["input_ids"][-1]
+
+
+def test_a_template_without_an_end_is_refused():
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}{% if add_generation_prompt %}{% endif %}"
     )
     with pytest.raises(CaiError, match="would never stop"):
         encode_rows(tokenizer, [{"prompt": asked("how ?"), "completion": said("No .")}])
