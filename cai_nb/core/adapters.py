@@ -48,11 +48,13 @@ def check_adapter_folder(
     head = [key for key in weights if key.endswith("score.weight")]
     found = "SEQ_CLS" if config.get("task_type") == "SEQ_CLS" or head else "CAUSAL_LM"
     if found != kind:
-        raise CaiError(f"{folder}: the adapter of {_KINDS[found]}, expected that of {_KINDS[kind]}; name another folder")
+        raise CaiError(f"{folder}: the adapter of {_KINDS[found]}, expected that of {_KINDS[kind]}; "
+                       "name another folder")
     pairs: dict[str, dict] = {}
     for key, weight in weights.items():
         if not weight.isfinite().all():
-            raise CaiError(f"{path}: {key} holds numbers that are not finite; train it again with a lower learning rate")
+            raise CaiError(f"{path}: {key} holds numbers that are not finite; "
+                           "train it again with a lower learning rate")
         if match := _LORA.match(key):
             pairs.setdefault(match[1], {})[match[2]] = weight
     _check_pairs(path, pairs, config)
@@ -91,8 +93,8 @@ def _check_base(path: Path, pairs: dict, config: dict, base, exact: bool) -> Non
         wanted = getattr(layers[name], "out_features", None), getattr(layers[name], "in_features", None)
         found = both["B"].shape[0], both["A"].shape[-1]
         if None not in wanted and not config.get("target_parameters") and found != wanted:
-            raise CaiError(f"{path}: {name} is made for {found[1]} → {found[0]} numbers, and the base has {wanted[1]} → "
-                           f"{wanted[0]}; load the base that it was trained on")
+            raise CaiError(f"{path}: {name} is made for {found[1]} → {found[0]} numbers, and the base has "
+                           f"{wanted[1]} → {wanted[0]}; load the base that it was trained on")
     targets, free = config.get("target_modules"), ("layers_to_transform", "exclude_modules", "target_parameters")
     if isinstance(targets, list) and not any(config.get(key) for key in free):
         linear = [name for name, module in layers.items() if hasattr(module, "in_features")]

@@ -1,4 +1,4 @@
-"""Adapters are read before they go on a model, checkpoints before they are gone on from: each kind of damage is one line."""
+"""Adapters are read before they go on a model, checkpoints before they are gone on from: each damage is one line."""
 import json
 import pickle
 import shutil
