@@ -71,7 +71,7 @@ def lm_of(
 
         name = role_name(run, role)
         return EndpointLM(server["endpoint"], server["model"] or name, tokenizer=name, in_flight=server["in_flight"],
-                          patience=server["patience"])
+                          patience=server["patience"], scoring=server.get("scoring"))
     return LocalLM(*base_of(run, role), batch_size=run.recipe[section]["batch_size"])
 
 

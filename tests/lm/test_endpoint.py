@@ -642,3 +642,23 @@ def test_chains_go_on_through_a_kill_of_vllm(vllm, tmp_path):
     assert ids == [row["id"] for row in calm] and len(set(ids)) == len(prompts), "no row lost, none twice"
     assert all(len(row["steps"]) == 2 and row["response"] for row in storm)
     assert sum(a == b for a, b in zip(calm, storm)) >= 22, "the same seeds give the same chains from the new server"
+
+
+def test_an_older_vllm_that_passes_over_a_field_is_asked_by_echo(server, monkeypatch, capsys):
+    """It answers with 200 and the log-probability of the token that it drew, and of no other."""
+    talks, complete = asks(3), type(server).complete
+    expected = endpoint(server, scoring="echo").choice_logprobs(talks, CHOICES)
+
+    def older(self, body, prompt, index):
+        choice = complete(self, {k: v for k, v in body.items() if k != "logprob_token_ids"}, prompt, index) if (
+            body.get("echo")) else {"index": index, "text": " x", "finish_reason": "length", "logprobs": None}
+        choice["logprobs"] = choice["logprobs"] or {"token_logprobs": [-1.0], "top_logprobs": [{"token_id:99999": -1.0}]}
+        return choice
+
+    monkeypatch.setattr(type(server), "complete", older)
+    monkeypatch.setattr(server, "owner", "vllm")
+    lm = endpoint(server)
+    np.testing.assert_allclose(lm.choice_logprobs(talks, CHOICES), expected, atol=1e-9)
+    assert lm.scoring == "echo" and "passes over logprob_token_ids" in capsys.readouterr().err
+    with pytest.raises(CaiError, match="log-probabilities"):
+        endpoint(server, scoring="steps").choice_logprobs(talks, CHOICES)
