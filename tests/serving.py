@@ -121,17 +121,17 @@ def events(url: str, name: str, id: str):
 
 
 @contextmanager
-def process(folder: Path, **settings):
-    "The app in a process of its own, as (address, process)."
+def process(home: Path, **settings):
+    "The app in a process of its own, as (address, process); its log lies in `home`."
     port = free_port()
     code = f"import serving; serving.run_forever({port}, {settings!r})"
-    log = open(folder / "server.log", "w")
+    log = open(home / "server.log", "w")
     server = subprocess.Popen(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, stderr=log, text=True
     )
     try:
         url = server.stdout.readline().strip()
-        assert url, (folder / "server.log").read_text()
+        assert url, (home / "server.log").read_text()
         yield url, server
     finally:
         server.kill()
@@ -141,6 +141,9 @@ def process(folder: Path, **settings):
 
 def run_forever(port: int, settings: dict):
     "What that process does."
+    from anyio._backends._asyncio import WorkerThread
+
+    WorkerThread.MAX_IDLE_TIME = 1.0  # ten seconds by itself, which a test would have to wait for
     torch.set_num_threads(1)
     folder, max_waiting = settings.pop("folder", None), settings.pop("max_waiting", 32)
     models, constitution = load_models()

@@ -363,7 +363,7 @@ def choice_logprobs(
     bodies = [self._body({**fields, "prompt": [[*ids, *end] for end in ends]}) for ids in unique]
     by_prompt = dict(zip(unique, self.server.ask("/completions", bodies, read)))
     if None in by_prompt.values():
-        notice(f"{self.server.base_url}: an older vLLM, which passes over logprob_token_ids; labels are asked for by echo")
+        notice(f"{self.server.base_url}: an older vLLM: it passes over logprob_token_ids; labels are asked by echo")
         self.scoring = "echo"
         return self.choice_logprobs(contexts, choices)
     return np.array([by_prompt[ids] for ids in prompts], dtype=np.float64).reshape(len(prompts), len(choices))

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ..core.dialogue import encode_conversation
+from ..core.adapters import check_adapter_folder
 from ..core.errors import CaiError
 from ..core.settings import setting
 from ..lm.model import check_adapter
@@ -138,6 +139,7 @@ def dpo_trainer(
     from datasets import Dataset
     from peft import PeftModel
 
+    check_adapter_folder(sl_folder, base=model)
     policy = PeftModel.from_pretrained(model, str(sl_folder), adapter_name="default", is_trainable=True)
     trainer_class = _soft_dpo_trainer()
     pad = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)

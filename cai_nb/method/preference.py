@@ -8,6 +8,7 @@ __all__ = ['preference_rows', 'soft_loss', 'encode_comparison', 'PreferenceConfi
 
 # %% ../../nbs/method/05_preference.ipynb #6d1317f1
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +167,7 @@ class PreferenceModel:
         "Put a saved preference model on a base that is in memory."
         from safetensors.torch import load_file
 
-        adapted = add_adapters(model, {name: folder})
+        adapted = add_adapters(model, {name: folder}, "SEQ_CLS")
         weights = load_file(Path(folder).expanduser() / "adapter_model.safetensors")
         heads = [t for n, t in weights.items() if n.endswith("score.weight")]
         if len(heads) != 1 or heads[0].shape[0] != 1:
@@ -184,8 +185,9 @@ class PreferenceModel:
         ]
         scores, order = np.zeros(len(rows)), sorted(range(len(rows)), key=lambda i: len(rows[i]))
         with model_lock(self.model), evaluating(self.model), using_adapter(self.model, self.name):
-            for group in batches(order, self.batch_size):
-                scores[group] = self._score([rows[i] for i in group]).cpu().numpy()
+            for _, alike in groupby(order, key=lambda i: pass_of(self.model, len(rows[i]))):
+                for group in batches(list(alike), self.batch_size):
+                    scores[group] = self._score([rows[i] for i in group]).cpu().numpy()
         return scores
 
     def _score(self, rows: list[list[int]]) -> torch.Tensor:

@@ -17,6 +17,7 @@ import numpy as np
 from transformers import TrainerCallback
 
 from ..core.dialogue import encode_conversation, stop_texts, stop_token_ids
+from ..core.adapters import check_adapter_folder
 from ..core.errors import CaiError
 from ..core.rows import row_id
 from ..core.settings import setting
@@ -212,6 +213,7 @@ def rl_trainer(
     from peft import PeftModel
 
     args = config.trainer(out, model)
+    check_adapter_folder(sl_folder, base=model)
     policy = PeftModel.from_pretrained(model, str(sl_folder), adapter_name="default", is_trainable=True)
     scorer = PreferenceModel.load(policy, tokenizer, pm_folder, batch_size=32)  # little padding
     model.generation_config.eos_token_id = stop_token_ids(tokenizer)

@@ -8,10 +8,12 @@ __all__ = ['is_complete', 'newest_checkpoint', 'SafeCheckpoints']
 # %% ../../nbs/train/00_checkpoint.ipynb #8434a9ec
 import json
 import os
+import re
 import shutil
+import sys
 from pathlib import Path
 
-from ..core.files import sync, sync_name
+from ..core.files import file_digest, sync, sync_name
 
 # %% ../../nbs/train/00_checkpoint.ipynb #02308503
 def _publish_checkpoint(
@@ -21,8 +23,8 @@ def _publish_checkpoint(
 ) -> None:
     "Seal a staged checkpoint with the list of its files, force it to disk and give it its name."
     files = sorted(path for path in staged.rglob("*") if path.is_file())
-    sizes = {str(path.relative_to(staged)): path.stat().st_size for path in files}
-    (staged / "complete.json").write_text(json.dumps({"key": key, "files": sizes}, indent=1))
+    digests = {str(path.relative_to(staged)): file_digest(path) for path in files}
+    (staged / "complete.json").write_text(json.dumps({"key": key, "files": digests}, indent=1))
     sync(staged)
     if target.exists():
         shutil.rmtree(target)
@@ -34,16 +36,46 @@ def is_complete(
     checkpoint: Path,
     key: str = "",  # key of the run that may use it
 ) -> bool:
-    "Whether a checkpoint was sealed by the run `key` and has all its files in full."
+    "Whether a checkpoint was sealed by the run `key`, and all its files are as they were saved and can be read."
+    return _flaw(checkpoint, key) is None
+
+
+def _flaw(checkpoint: Path, key: str) -> str | None:
+    "Why a checkpoint does not count; empty where it is another run's; None: it counts."
     try:
         seal = json.loads((checkpoint / "complete.json").read_text())
-        return seal["key"] == key and all((checkpoint / f).stat().st_size == n for f, n in seal["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
+        if seal["key"] != key:
+            return ""
+        for name, digest in seal["files"].items():
+            if file_digest(checkpoint / name) != digest:
+                return f"{name} has other bytes than were saved"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"not whole ({type(error).__name__})"
+    return _unreadable(checkpoint)
+
+
+def _unreadable(checkpoint: Path) -> str | None:
+    "A seal says that bytes are the same, not that they are fit to be read: no pickle but plain weights is opened."
+    import torch
+    from transformers.trainer_pt_utils import safe_globals
+
+    for path in sorted(checkpoint.glob("*.pt*")):
+        try:
+            with safe_globals():
+                torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a wrong file does to a reader
+            return f"{path.name} cannot be read ({type(error).__name__})"
+    state = checkpoint / "trainer_state.json"
+    try:
+        if state.exists() and not isinstance(json.loads(state.read_text())["global_step"], int):
+            return "trainer_state.json names no step"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"trainer_state.json cannot be read ({type(error).__name__})"
+    return None
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    found = [path for path in Path(folder).glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]{1,12}", path.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 # %% ../../nbs/train/00_checkpoint.ipynb #e826219b
@@ -51,8 +83,13 @@ def newest_checkpoint(
     folder: Path,  # where a trainer puts its checkpoints
     key: str = "",  # key of the run
 ) -> Path | None:
-    "The newest complete checkpoint of this run."
-    return next((path for path in reversed(_checkpoints(folder)) if is_complete(path, key)), None)
+    "The newest complete checkpoint of this run; one that is damaged is said, and the one before it taken."
+    for path in reversed(_checkpoints(folder)):
+        if (flaw := _flaw(path, key)) is None:
+            return path
+        if flaw:
+            print(f"note: {path}: {flaw}; going on from the one before it", file=sys.stderr)
+    return None
 
 # %% ../../nbs/train/00_checkpoint.ipynb #65d13db5
 class SafeCheckpoints:

@@ -1,11 +1,13 @@
 """What is let in over HTTP: each promise of SECURITY.md about the app, asked of a server in a process of its own."""
 import json
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import psutil
 import pytest
 from serving import PANDAS, events, free_port, post, process, served
 
@@ -315,3 +317,25 @@ def test_a_proxy_does_not_stand_between_the_app_and_itself(proxy, monkeypatch):
         assert "NO_PROXY" not in os.environ
     finally:
         demo.close()
+
+
+# What the page started ends with the server
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.long)])
+def test_a_training_started_over_http_ends_with_the_server(tmp_path, how):
+    from cai_nb.core.constitution import available_constitutions
+
+    with process(tmp_path, folder=str(tmp_path / "kept")) as (url, started):
+        server = Server(url, tmp_path / "server.log")
+        config = server.ask("GET", "config").json()
+        (part,) = [c["id"] for c in config["components"] if c["props"].get("elem_id") == "train-part"]
+        (begin,) = [d for d in config["dependencies"] if part in d["inputs"]]
+        text = available_constitutions()["mini"].read_text(encoding="utf-8")
+        answer = server.call("run/predict", {"data": [text, "sl"], "fn_index": begin["id"], "session_hash": "train"})
+        assert answer.status_code == 200, answer.text[:300]
+        (training,) = psutil.Process(started.pid).children()
+        assert training.is_running() and "cai_nb" in " ".join(training.cmdline())
+        started.send_signal(how)
+        _, alive = psutil.wait_procs([training], timeout=30)
+        assert not alive, "the training goes on without its server"

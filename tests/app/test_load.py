@@ -12,7 +12,8 @@ from cai_nb.app.models import load_models
 from cai_nb.mini import world
 from cai_nb.app.requests import OUTSIDE
 
-CLIENTS, TURNS, BURST, TOKENS = 32, 5, 200, 3  # few tokens: what is shown is who gets which answer, not how long it is
+CLIENTS, TURNS, BURST, TOKENS = 32, 3, 200, 2  # few tokens: what is shown is who gets which answer, not how long it is
+LEFT = 12  # blocks of Python that each request may leave; there were 19 while Gradio kept notes on every caller
 PROMPTS = [
     row["messages"][0]["content"]
     for kind in ("harmful", "benign")
@@ -30,7 +31,7 @@ def server(tmp_path_factory):
 @pytest.fixture
 def slow_server(tmp_path):
     "So slow that 200 visitors stand at the door before the first dozen is served, on a fast machine too."
-    with process(tmp_path, delay=0.2, max_new_tokens=TOKENS) as found:
+    with process(tmp_path, delay=0.1, max_new_tokens=TOKENS) as found:
         yield found
 
 
@@ -68,7 +69,7 @@ def expected(asked):
     return found
 
 
-def test_32_clients_of_5_turns_all_get_their_own_answers(server):
+def test_32_clients_of_3_turns_all_get_their_own_answers(server):
     url, asked, got, lock = server[0], [], [], threading.Lock()
 
     def visit(client):
@@ -112,7 +113,7 @@ def test_a_burst_of_200_with_a_quarter_leaving(slow_server):
 @pytest.mark.skipif(
     not hasattr(libc, "mallinfo2"), reason="only glibc (2.33 or later) says how much of its memory is in use"
 )
-@pytest.mark.parametrize("n", [250, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("n", [120, pytest.param(1000, marks=pytest.mark.long)])
 def test_many_requests_leave_nothing_behind(server, n):
     """Counted is what the server holds. What the system has given it grows longer, to no purpose of ours: glibc keeps
     what was freed, in a heap for each thread, and 1,700 requests doubled that from 64 to 148 MiB with 240 in use."""
@@ -121,15 +122,46 @@ def test_many_requests_leave_nothing_behind(server, n):
     def many(n):
         with ThreadPoolExecutor(8) as pool:
             assert all(states for _, states in pool.map(lambda i: answer(url, PROMPTS[i % len(PROMPTS)], i), range(n)))
-        time.sleep(12)  # worker threads that were idle for ten seconds end, but only when the next request comes
+        time.sleep(2)  # worker threads that were idle for a second end, but only when the next request comes
         assert answer(url, PROMPTS[0], 0)[1]
         return asked_for_use(process)
 
-    before, after = many(100), many(n)
+    before, after = many(64), many(n)
     for what in ("blocks", "bytes"):
         assert after[what] <= 1.05 * before[what], f"{what}: {before[what]:,} before, {after[what]:,} after"
+    left = (after["blocks"] - before["blocks"]) / n
+    print(f"{n} requests: {left:.1f} blocks of Python each; bytes {before['bytes']:,} → {after['bytes']:,}")
+    assert left <= LEFT, f"{left:.1f} blocks of Python are left of each request"
     assert after["threads"] <= before["threads"], "threads are left"
 
 
 def test_the_page_is_still_there(server):
     assert httpx.get(server[0]).status_code == 200
+
+
+@pytest.mark.long
+def test_100_clients_for_a_minute(server):
+    "Prompts inside mini's world; whoever comes in gets an answer, whoever does not hears so at once."
+    url, process = server
+    answer(url, PROMPTS[0], 0)
+    before, end, lock = asked_for_use(process), time.perf_counter() + 60, threading.Lock()
+    answered, refused = [], []
+
+    def visit(client):
+        i = 0
+        while time.perf_counter() < end:
+            joined, states = answer(url, PROMPTS[(client + i) % len(PROMPTS)], client)
+            assert joined.status_code in (200, 503)
+            with lock:
+                (answered if states else refused).append(client)
+            i += 1
+            if not states:
+                time.sleep(0.5)
+
+    with ThreadPoolExecutor(100) as pool:
+        list(pool.map(visit, range(100)))
+    time.sleep(2)
+    answer(url, PROMPTS[0], 0)
+    after = asked_for_use(process)
+    print(f"{len(answered)} answered, {len(refused)} told that the line is full; {before} → {after}")
+    assert len(answered) > 30 and all(after[what] <= 1.05 * before[what] for what in ("bytes", "blocks"))

@@ -24,7 +24,7 @@ from cai_nb.core.constitution import Constitution
 from cai_nb.core.dialogue import encode_conversation, encode_text, stop_token_ids
 from cai_nb.core.errors import CaiError
 from cai_nb.lm.endpoint import NEUTRAL, EndpointLM
-from cai_nb.lm.http import backoff
+from cai_nb.lm.http import Server, backoff
 from cai_nb.method.critique import critique_revise
 from cai_nb.method.feedback import label_preferences, sample_pairs
 
@@ -652,7 +652,8 @@ def test_an_older_vllm_that_passes_over_a_field_is_asked_by_echo(server, monkeyp
     def older(self, body, prompt, index):
         choice = complete(self, {k: v for k, v in body.items() if k != "logprob_token_ids"}, prompt, index) if (
             body.get("echo")) else {"index": index, "text": " x", "finish_reason": "length", "logprobs": None}
-        choice["logprobs"] = choice["logprobs"] or {"token_logprobs": [-1.0], "top_logprobs": [{"token_id:99999": -1.0}]}
+        drawn = {"token_logprobs": [-1.0], "top_logprobs": [{"token_id:99999": -1.0}]}
+        choice["logprobs"] = choice["logprobs"] or drawn
         return choice
 
     monkeypatch.setattr(type(server), "complete", older)
@@ -662,3 +663,19 @@ def test_an_older_vllm_that_passes_over_a_field_is_asked_by_echo(server, monkeyp
     assert lm.scoring == "echo" and "passes over logprob_token_ids" in capsys.readouterr().err
     with pytest.raises(CaiError, match="log-probabilities"):
         endpoint(server, scoring="steps").choice_logprobs(talks, CHOICES)
+
+
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5://127.0.0.1:1"])
+def test_a_proxy_does_not_stand_between_here_and_here(server, monkeypatch, proxy):
+    for name in ("HTTP_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, proxy)
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    assert endpoint(server, patience=2).sample(asks(1), max_new_tokens=4)
+
+
+def test_a_proxy_that_cannot_be_used_is_named(monkeypatch):
+    for name in ("ALL_PROXY", "all_proxy", "HTTPS_PROXY", "https_proxy"):
+        monkeypatch.setenv(name, "nonsense://127.0.0.1:1")
+    with pytest.raises(CaiError, match="proxy of the environment"):
+        Server("https://api.example/v1", patience=0.1).ask("/models", [None], lambda reply, body: reply)

@@ -148,7 +148,7 @@ def test_equals_the_plain_way_of_loading(trained, tmp_path):
 def test_other_adapters_are_left_as_they_were(trained):
     model, tokenizer, out, _ = trained
     with borrowed(model):
-        adapted = add_adapters(model, {"a": out})
+        adapted = add_adapters(model, {"a": out}, "SEQ_CLS")
         scorer = PreferenceModel.load(adapted, tokenizer, out)
         adapted.set_adapter("a")
         adapted.train()
