@@ -21,7 +21,7 @@ from .eval_stage import EVAL
 from .folder import Run, code_digest, read_manifest, say, versions
 from .prompts_stage import PROMPTS
 from .rl_stages import LABELS, PAIRS, PREFERENCE, RL
-from .roles import JUDGES
+from .roles import JUDGES, SamplingSettings
 from .sl_stages import CHAINS, SL
 from .stage import Stage
 
@@ -69,12 +69,13 @@ class ServerSettings:
     roles: list = setting(["helpful", "feedback"], "the roles that are asked there")
     in_flight: int = setting(64, "requests at once", low=1)
     patience: float = setting(600.0, "seconds without any answer before it is given up", above=0)
+    scoring: str | None = setting(None, "labels by steps (vLLM) or echo; null: as it can", among=("steps", "echo"))
 
 # %% ../../nbs/runs/07_recipe.ipynb #5e25a0cb
 @cache
 def sections() -> dict[str, type]:  # "" for the keys at the top
     "Every section of a recipe with the dataclass of its keys."
-    found = {"": GeneralSettings, "lm": ServerSettings}
+    found = {"": GeneralSettings, "lm": ServerSettings, "sampling": SamplingSettings}
     for stage in STAGES:
         found |= stage.settings()
     return found
