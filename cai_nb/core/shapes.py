@@ -243,7 +243,8 @@ def shape_of(
     path: str | Path,
 ) -> type | None:  # None: any JSON
     "What a file of a run folder holds, by its name: a `TypedDict`."
-    return next((shape for pattern, shape in SHAPES.items() if Path(path).match(pattern)), None)
+    path = Path(str(path).replace("eval.new", "eval"))  # an evaluation that is not finished yet
+    return next((shape for pattern, shape in SHAPES.items() if path.match(pattern)), None)
 
 # %% ../../nbs/core/03_shapes.ipynb #e3b7462e
 @cache

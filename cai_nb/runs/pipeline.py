@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..core.errors import CaiError
-from ..core.files import file_digest, read_json, sync, write_safely
+from ..core.files import file_digest, sync, write_safely
 from ..core.lock import folder_lock
 from ..core.seals import check_seals, seal
-from ..core.shapes import read_checked
+from ..core.shapes import MetricsFile, read_checked
 from .eval_stage import evaluate_suites_of
 from .folder import Run, code_digest, read_manifest, say
 from .overview import further_tables
@@ -163,7 +163,8 @@ def _evaluate_anew(run: Run, last: Stage) -> None:
 
 def _carry_suites(old: Path, new: Path) -> None:
     "What was measured on suites still holds: the models are the same."
-    before, metrics = read_json(old / "metrics.json", {}), read_json(new / "metrics.json")
+    before = read_checked(old / "metrics.json", MetricsFile, missing={})
+    metrics = read_checked(new / "metrics.json", MetricsFile)
     if "suites" in before:
         write_safely(new / "metrics.json", json.dumps(metrics | {"suites": before["suites"]}, indent=1) + "\n")
     if (old / "suites.jsonl").exists():

@@ -20,7 +20,8 @@ def test_the_page_is_one_file_that_runs_nothing(run):
     samples = run / "eval/samples.jsonl"
     lines = samples.read_text().splitlines() if samples.exists() else []
     rows = [json.loads(line) for line in lines] or [
-        {"id": f"{m}{i}", "model": m, "set": "harmful", "prompt_id": "q", "prompt": "p", "response": "r", "kind": "harmful"}
+        {"id": f"{m}{i}", "model": m, "set": "harmful", "prompt_id": "q", "prompt": "p", "response": "r",
+         "kind": "harmful"}
         for m in ("base", "sl", "rl")
         for i in range(12)
     ]
