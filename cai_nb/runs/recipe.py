@@ -21,7 +21,7 @@ from .eval_stage import EVAL
 from .folder import Run, code_digest, read_manifest, say, versions
 from .prompts_stage import PROMPTS
 from .rl_stages import LABELS, PAIRS, PREFERENCE, RL
-from .roles import JUDGES
+from .roles import JUDGES, SamplingSettings
 from .sl_stages import CHAINS, SL
 from .stage import Stage
 
@@ -74,7 +74,7 @@ class ServerSettings:
 @cache
 def sections() -> dict[str, type]:  # "" for the keys at the top
     "Every section of a recipe with the dataclass of its keys."
-    found = {"": GeneralSettings, "lm": ServerSettings}
+    found = {"": GeneralSettings, "lm": ServerSettings, "sampling": SamplingSettings}
     for stage in STAGES:
         found |= stage.settings()
     return found
