@@ -20,6 +20,7 @@ from ..core.errors import CaiError
 from ..core.rows import batches, row_id
 from ..core.settings import setting
 from ..core.thoughts import split_thoughts
+from ..lm.decoding import pass_of
 from ..lm.model import add_adapters, evaluating, lora_config, model_lock, using_adapter
 from ..lm.scoring import classifier_on, last_states
 from ..train.checkpoint import SafeCheckpoints
