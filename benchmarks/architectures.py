@@ -59,7 +59,8 @@ def stages(name: str, folder: Path) -> dict:
     def replies():
         got = [reply.text for (reply,) in lm.sample(TALKS, temperature=0, max_new_tokens=10)]
         with torch.no_grad():
-            assert got == lm._texts([alone(model, prompt, 10) for prompt in prompts]), "not what it says alone"
+            texts = tokenizer.batch_decode([alone(model, prompt, 10) for prompt in prompts], skip_special_tokens=True)
+        assert got == [text.strip() for text in texts], "not what it says alone"
 
     def two():
         got = lm.sample(TALKS, n=2, max_new_tokens=6, seed=3)

@@ -1092,6 +1092,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'cai_nb.lm.endpoint._dice': ('lm/endpoint.html#_dice', 'cai_nb/lm/endpoint.py'),
                                     'cai_nb.lm.endpoint._echo_scores': ('lm/endpoint.html#_echo_scores', 'cai_nb/lm/endpoint.py'),
                                     'cai_nb.lm.endpoint._label_fields': ('lm/endpoint.html#_label_fields', 'cai_nb/lm/endpoint.py'),
+                                    'cai_nb.lm.endpoint._passed_over': ('lm/endpoint.html#_passed_over', 'cai_nb/lm/endpoint.py'),
                                     'cai_nb.lm.endpoint._read_completion': ('lm/endpoint.html#_read_completion', 'cai_nb/lm/endpoint.py'),
                                     'cai_nb.lm.endpoint._step_scores': ('lm/endpoint.html#_step_scores', 'cai_nb/lm/endpoint.py'),
                                     'cai_nb.lm.endpoint._steps_of': ('lm/endpoint.html#_steps_of', 'cai_nb/lm/endpoint.py'),

@@ -69,6 +69,7 @@ class ServerSettings:
     roles: list = setting(["helpful", "feedback"], "the roles that are asked there")
     in_flight: int = setting(64, "requests at once", low=1)
     patience: float = setting(600.0, "seconds without any answer before it is given up", above=0)
+    scoring: str | None = setting(None, "labels by steps (vLLM) or echo; null: as it can", among=("steps", "echo"))
 
 # %% ../../nbs/runs/07_recipe.ipynb #5e25a0cb
 @cache

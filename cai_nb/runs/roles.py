@@ -92,7 +92,7 @@ def lm_of(
 
         name = role_name(run, role)
         lm = EndpointLM(server["endpoint"], server["model"] or name, tokenizer=name, in_flight=server["in_flight"],
-                        patience=server["patience"])
+                        patience=server["patience"], scoring=server.get("scoring"))
         return lm.with_nucleus(nucleus_of(run))
     return LocalLM(*base_of(run, role), batch_size=run.recipe[section]["batch_size"], nucleus=nucleus_of(run))
 
