@@ -86,8 +86,8 @@ def check_role(
 class SamplingSettings:
     "Which tokens may be drawn for replies, critiques, revisions and pairs (the paper: all)."
     top_p: float = setting(1.0, "the likeliest tokens that together have this probability", above=0, high=1)
-    min_p: float = setting(0.0, "those at least so likely as this share of the likeliest", low=0, high=1)
-    top_k: int = setting(0, "so many of the likeliest; 0: all", low=0)
+    min_p: float = setting(0.0, "those at least so likely as this share of the likeliest", low=0, high=0.99)
+    top_k: int = setting(0, "so many of the likeliest; 0: all", low=0, high=1_000_000)
 
 
 def nucleus_of(
