@@ -1,6 +1,6 @@
 # make demo   set up .venv, run the whole method on the embedded model, open the app     (CPU, about ten minutes)
 # make test   set up .venv with the tools, then every check, notebook and test; leaves pictures of the app in screenshots/
-# The rest: make test-endpoint, export, outputs, mini, bench, gpu-check, reach, clean. PYTHON, PIP_ARGS and RUN can be given: make demo PYTHON=python3.12
+# The rest: make test-endpoint, export, outputs, mini, bench, matrix, gpu-check, reach, clean. PYTHON, PIP_ARGS and RUN can be given: make demo PYTHON=python3.12
 
 PYTHON ?= python3
 PIP_ARGS ?=
@@ -10,7 +10,7 @@ NOTEBOOKS = $(sort $(filter-out %-checkpoint.ipynb,$(wildcard nbs/*.ipynb nbs/*/
 QUIET := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 GRADIO_ANALYTICS_ENABLED=False MPLBACKEND=Agg \
 	TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 CAI_SCREENSHOTS=$(CURDIR)/screenshots
 
-.PHONY: demo test faults test-endpoint export outputs mini bench gpu-check gpu-wheels reach clean
+.PHONY: demo test faults test-endpoint export outputs mini bench matrix gpu-check gpu-wheels reach clean
 
 demo: .venv/.ready
 	$(BIN)/cai-nb run mini --out $(RUN)
@@ -71,6 +71,10 @@ gpu-wheels:
 		trl bitsandbytes datasets dill multiprocess xxhash fastcore typer shellingham rich
 	du -sh .gpu-wheels
 
+# Every architecture through every stage, on tiny random models; some minutes
+matrix: .venv/.ready-dev
+	$(BIN)/python benchmarks/architectures.py
+
 # The thresholds of the mini recipe over three seeds, about a quarter of an hour
 reach: .venv/.ready
 	$(BIN)/python benchmarks/reach.py
@@ -88,5 +92,5 @@ SETUP := setup.py settings.ini pyproject.toml constraints.txt
 
 .venv/.ready-dev: $(SETUP)
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[dev,eval,endpoint]"
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e ".[dev,eval,endpoint,gguf]"
 	touch .venv/.ready $@

@@ -31,7 +31,7 @@ setup(
     keywords=settings["keywords"].split(),
     python_requires=f">={settings['min_python']}",
     install_requires=lines("requirements"),
-    extras_require={name: lines(f"{name}_requirements") for name in ("eval", "endpoint", "dev")},
+    extras_require={name: lines(f"{name}_requirements") for name in ("eval", "endpoint", "gguf", "dev")},
     entry_points={"console_scripts": lines("console_scripts")},
     packages=[*find_packages(include=[settings["lib_name"], f"{settings['lib_name']}.*"]), *folders],
     package_dir=folders,

@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 
 from .attention import Shared, attend_in_parts, blocks_of, like_lengths
+from .decoding import cache_way
 from .model import model_lock
 
 # %% ../../nbs/lm/03_cache.ipynb #109e005a
@@ -45,13 +46,8 @@ def _attention(
 def has_slots(
     model,  # a causal language model, with or without adapters
 ) -> bool:
-    "Whether a model's attention can be exchanged: not for state-space layers, sinks, or chunked attention."
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = base.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    plain = not kinds and not getattr(config, "attention_chunk_size", None) and not config.is_encoder_decoder
-    exchangeable = bool(getattr(base, "_supports_attention_backend", False))
-    return plain and exchangeable and not any(name.endswith("sinks") for name, _ in base.named_parameters())
+    "Whether a model's attention can be exchanged; `cache_way` says why not."
+    return cache_way(model).name == "slots"
 
 # %% ../../nbs/lm/03_cache.ipynb #3bb2d53d
 @dataclass(eq=False)

@@ -17,7 +17,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from ..core.dialogue import encode_text, ensure_chat_template, stop_texts, stop_token_ids
-from ..core.errors import CaiError
+from ..core.errors import CaiError, notice
 from ..core.rows import row_id
 from .decoding import Nucleus
 from .generate import Reply, cut_prompt, flag_reply, prompt_tokens, seeds_for
@@ -327,6 +327,13 @@ def _scores_by_steps(self: EndpointLM, answers: list[list[int]]) -> bool:
         return self.scoring == "steps"
     return self._card.get("owned_by") == "vllm" and len({token for answer in answers for token in answer}) <= 20
 
+
+def _passed_over(choices: list[dict], answers: list[list[int]]) -> bool:
+    "Whether a server gave log-probabilities, but not those of the tokens that were named: it does not know that field."
+    said = [((choice.get("logprobs") or {}).get("top_logprobs") or [None])[0] for choice in choices]
+    wanted = {f"token_id:{token}" for answer in answers for token in answer}
+    return all(isinstance(table, dict) and table for table in said) and not any(wanted <= set(table) for table in said)
+
 # %% ../../nbs/lm/09_endpoint.ipynb #23753b0b
 @patch
 def choice_logprobs(
@@ -347,10 +354,16 @@ def choice_logprobs(
 
     def read(reply, body):
         found = read_choices(reply, len(ends))
+        if by_steps and self.scoring is None and _passed_over(found, answers):
+            return None
         if by_steps:
             return _step_scores(found, answers)
         return _echo_scores(found, answers, len(body["prompt"][0]) - len(answers[0]))
 
     bodies = [self._body({**fields, "prompt": [[*ids, *end] for end in ends]}) for ids in unique]
     by_prompt = dict(zip(unique, self.server.ask("/completions", bodies, read)))
+    if None in by_prompt.values():
+        notice(f"{self.server.base_url}: an older vLLM: it passes over logprob_token_ids; labels are asked by echo")
+        self.scoring = "echo"
+        return self.choice_logprobs(contexts, choices)
     return np.array([by_prompt[ids] for ids in prompts], dtype=np.float64).reshape(len(prompts), len(choices))

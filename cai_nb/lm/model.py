@@ -25,6 +25,7 @@ import torch
 
 from ..core.adapters import check_adapter_folder
 from ..core.errors import CaiError, notice
+from ..core.model_files import check_model_folder, gguf_of
 from ..core.dialogue import encode_conversation, ensure_chat_template, stop_texts
 
 # Two messages of libraries to each other, about which a user can do nothing
@@ -94,11 +95,23 @@ def load_model(
     options = {"dtype": getattr(torch, dtype), "use_safetensors": True, "trust_remote_code": False}
     if quantization:
         options |= {"quantization_config": _nf4(options["dtype"]), "device_map": {"": device}}
+    gguf = gguf_of(source)
+    if gguf and quantization:
+        raise CaiError(f"{gguf}: GGUF is loaded to full weights; take `quantization: null`, or the model's safetensors")
+    if gguf:
+        source = str(gguf.parent)
+        options = {"dtype": options["dtype"], "gguf_file": gguf.name}
+    elif Path(source).is_dir():
+        check_model_folder(source)
     try:
         with _bars(source):
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(source, **({"gguf_file": gguf.name} if gguf else {}),
+                                                      trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+            model = _plain(model) if gguf else model
+    except Exception as error:  # whatever a library says to a folder that is none of a model
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            raise
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CaiError(f"model {str(name)!r} does not load: {first} (expected 'mini', a folder with config.json, "
                        "tokenizer.json and safetensors, or a hub id within reach)") from error
@@ -109,9 +122,27 @@ def load_model(
             module.support_avx512bf16_for_cpu = False
     model.name_or_path = model.config._name_or_path = tokenizer.name_or_path = str(name)  # adapters note their base
     tokenizer.padding_side = "left"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    _fill_by_known(tokenizer, model.get_input_embeddings().weight.shape[0], name)
     return model.eval(), check_template(ensure_chat_template(tokenizer))
+
+
+def _plain(model):
+    "A model that was dequantised, without the marks of quantisation: it trains, merges and saves as any other."
+    del model.config.quantization_config
+    for mark in ("is_quantized", "hf_quantizer", "quantization_method"):
+        model.__dict__.pop(mark, None)
+    return model
+
+
+def _fill_by_known(tokenizer, rows: int, name) -> None:
+    "A token for padding that has a row in the embedding."
+    if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= rows:
+        raise CaiError(f"model {str(name)!r}: its tokenizer ends turns by {tokenizer.eos_token!r}, for which the "
+                       f"embedding ({rows:,} rows) has no row; take the tokenizer that belongs to the weights")
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        notice(f"{name}: no row of the embedding for {tokenizer.pad_token}; {tokenizer.eos_token} fills instead")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
 
 
 def _nf4(dtype: torch.dtype):
@@ -131,7 +162,7 @@ def model_source(
             raise CaiError("mini: no weights in cai_nb/mini/weights; make them with `make mini`")
         return str(folder)
     path = Path(name).expanduser()
-    if path.is_dir() and (path / "config.json").is_file():
+    if gguf_of(path) or path.is_dir() and (path / "config.json").is_file():
         return str(path)
     if path.is_dir():
         raise CaiError(f"{name}: no config.json in this folder; expected a whole model (adapters go on a base)")

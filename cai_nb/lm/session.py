@@ -8,13 +8,14 @@ __all__ = ['numbers_kept', 'rows_that_fit', 'out_of_memory', 'Session', 'Growing
 # %% ../../nbs/lm/05_session.ipynb #4f40e689
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import torch
 from fastcore.basics import patch
 
 from .cache import Slots, Tally
-from .decoding import Nucleus, TextStop, pick_tokens
+from .decoding import Nucleus, TextStop, beyond_edge, pick_tokens, rope_edge
 from .prefix_tree import Node, PrefixTree, Reader, common_length, grow, trim
 
 # %% ../../nbs/lm/05_session.ipynb #0f8b9d41
@@ -60,14 +61,30 @@ class Session:
         least: int = 16,  # tokens that texts must share for them to be read together
         tally: Tally | None = None,  # counts what is read
         spare: int = 4096,  # tokens of prefixes that are kept though no row needs them now
+        far: bool = False,  # holds texts beyond the model's `rope_edge`
     ):
-        self.model, self.rows, self.least, self.spare = model, rows, least, spare
-        self.tally = Tally() if tally is None else tally
+        self.model, self.rows, self.least, self.spare, self.far = model, rows, least, spare, far
+        self.tally, self.edge = Tally() if tally is None else tally, rope_edge(model)
         self.forget()
 
     def forget(self) -> None:
         "Give up all that was read."
+        self._beyond = None
         self.tree, self.slots, self.held, self.row_of = PrefixTree(self.model, self.tally), None, [], []
+
+    def side(self, far: bool) -> "Session":
+        "Of this session and its twin the one that holds texts on this side of the edge."
+        if far and self._beyond is None:
+            self._beyond = Session(self.model, self.rows, self.least, self.tally, self.spare, far=True)
+        return self._beyond if far else self
+
+    def is_far(self, length: int) -> bool:
+        "Whether a text of so many tokens is read by the frequencies of long ones."
+        return self.edge is not None and length > self.edge
+
+    def reading(self):
+        "A context in which the model reads by the frequencies of this side."
+        return beyond_edge(self.model) if self.far else nullcontext()
 
     def halve(self) -> None:
         "Go on with half as many rows; what was read is given up."
@@ -188,7 +205,8 @@ class Growing:
         follow: Callable[[int], tuple | None] | None = None,  # what row r is asked next: (prompt, uniforms)
         nucleus: Nucleus | None = None,  # which tokens may be drawn; None: all
     ):
-        self.session, self.prompts, self.n, self.follow, self.nucleus = session, list(prompts), n, follow, nucleus
+        self.session, self.near, self.prompts, self.n = session, session, list(prompts), n
+        self.follow, self.nucleus = follow, nucleus
         self.stops, self.temperature, self.adapters, self.ended = set(stops), temperature, adapters, ended
         self.uniforms = torch.tensor(np.asarray(uniforms), device=session.model.device)
         rows, self.steps = self.uniforms.shape
@@ -202,8 +220,10 @@ class Growing:
     def run(self) -> Iterator[None]:
         "Advance all living rows by a token, and pause; until each has ended its turn or reached its limit."
         while unfinished := [r for r in range(len(self.out)) if not self._ended(r)]:
+            near = [r for r in unfinished if not self._far(r)]
+            self.session = self.near.side(far=not near)
             try:
-                yield from self._run(unfinished)
+                yield from self._run(near or unfinished)
             except Exception as error:
                 if not out_of_memory(error) or self.session.rows == 1:
                     raise
@@ -211,6 +231,9 @@ class Growing:
 
     def _ended(self, row: int) -> bool:
         return self.done[row] or len(self.out[row]) == self.steps
+
+    def _far(self, row: int) -> bool:
+        return self.near.is_far(len(self.prompts[row // self.n]) + len(self.out[row]))
 
     def _text(self, row: int) -> list[int]:
         return [*self.prompts[row // self.n], *self.out[row]]
@@ -223,7 +246,7 @@ class Growing:
 def _run(self: Growing, waiting: list[int]) -> Iterator[None]:
     "Keep the slots busy: read rows in, let the living ones say a token, and let those that end make room."
     s, count = self.session, self._open(waiting)
-    if count == len(waiting) == len(s.row_of):
+    if count == len(waiting) and sorted(s.row_of) == sorted(waiting):
         waiting = s.row_of[:]  # each to its slot of the last call
     alive, logits = 0, None
     while alive or waiting:
@@ -235,7 +258,7 @@ def _run(self: Growing, waiting: list[int]) -> Iterator[None]:
         yield
         ended = [s.row_of[slot] for slot in dead]
         alive = self._retire(dead, alive)
-        waiting = waiting + [r for r in ended if self._goes_on(r)]
+        waiting = waiting + [r for r in ended if self._ended(r) and self._goes_on(r) and self._far(r) == s.far]
         if alive:
             logits = self._advance(alive)
 
@@ -255,10 +278,11 @@ def _open(self: Growing, waiting: list[int]) -> int:
 def _admit(self: Growing, first: int, rows: list[int], waiting: list[int]) -> torch.Tensor:
     "Read rows into the slots from `first` on, behind what is known of them."
     s, texts = self.session, [self._text(r) for r in rows]
-    s.settle(first, rows, texts, [self._text(r) for r in waiting], sharing=not self.adapters)
-    chunks = [text[s.slots.ends(slot):] for slot, text in enumerate(texts, first)]
-    s.tally.asked += sum(map(len, texts))
-    logits = s.slots.read(first, chunks, adapters=self._of(rows))[:, -1]
+    with s.reading():
+        s.settle(first, rows, texts, [self._text(r) for r in waiting], sharing=not self.adapters)
+        chunks = [text[s.slots.ends(slot):] for slot, text in enumerate(texts, first)]
+        s.tally.asked += sum(map(len, texts))
+        logits = s.slots.read(first, chunks, adapters=self._of(rows))[:, -1]
     trim(s.tree, s.spare, s.slots.prefixes)
     return logits
 
@@ -272,7 +296,8 @@ def _advance(self: Growing, alive: int) -> torch.Tensor:
     for slot, token in enumerate(tokens):
         s.held[slot].append(token)
     s.tally.asked += alive
-    return s.slots.read(0, [[token] for token in tokens], adapters=self._of(rows))[:, -1]
+    with s.reading():
+        return s.slots.read(0, [[token] for token in tokens], adapters=self._of(rows))[:, -1]
 
 # %% ../../nbs/lm/05_session.ipynb #fab47559
 @patch
@@ -288,7 +313,7 @@ def _draw(self: Growing, logits: torch.Tensor, alive: int) -> list[int]:
         else:
             self.out[r].append(token)
             self.done[r] = self.ended is not None and self.ended(self.out[r])
-        if self._ended(r):
+        if self._ended(r) or self._far(r) != self.session.far:  # who has crossed the edge is read anew beyond it
             dead.append(slot)
     return dead
 
@@ -324,16 +349,26 @@ def score(
     answers: list[list[int]],  # tokens of each possible answer, at least one each
 ) -> np.ndarray:  # [prompts, answers], float64: log-probability of each answer
     "How likely each answer is after each prompt; what prompts have in common is read once."
-    texts, found = [list(p) for p in sorted({tuple(p) for p in prompts})], {}
+    found, longest = {}, max(map(len, answers))
+    for far in (False, True):
+        texts = sorted({tuple(p) for p in prompts if session.is_far(len(p) + longest - 1) == far})
+        found |= _score_side(session.side(far), list(map(list, texts)), answers) if texts else {}
+    return np.array([found[tuple(p)] for p in prompts]).reshape(len(prompts), len(answers))
+
+
+def _score_side(session: Session, texts: list[list[int]], answers: list[list[int]]) -> dict:
+    "Log-probabilities for each text, of texts that lie on this session's side of the edge."
+    found = {}
     while len(found) < len(texts):
         group = texts[len(found):len(found) + session.rows]
         try:
-            found |= {tuple(text): row for text, row in zip(group, _score_group(session, group, answers))}
+            with session.reading():
+                found |= {tuple(text): row for text, row in zip(group, _score_group(session, group, answers))}
         except Exception as error:
             if not out_of_memory(error) or session.rows == 1:
                 raise
             session.halve()
-    return np.array([found[tuple(p)] for p in prompts]).reshape(len(prompts), len(answers))
+    return found
 
 # %% ../../nbs/lm/05_session.ipynb #df2d0e8e
 def _score_group(session: Session, texts: list[list[int]], answers: list[list[int]]) -> np.ndarray:

@@ -8,6 +8,7 @@ __all__ = ['preference_rows', 'soft_loss', 'encode_comparison', 'PreferenceConfi
 
 # %% ../../nbs/method/05_preference.ipynb #6d1317f1
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from ..core.errors import CaiError
 from ..core.rows import batches, row_id
 from ..core.settings import setting
 from ..core.thoughts import split_thoughts
+from ..lm.decoding import pass_of
 from ..lm.model import add_adapters, evaluating, lora_config, model_lock, using_adapter
 from ..lm.scoring import classifier_on, last_states
 from ..train.checkpoint import SafeCheckpoints
@@ -184,8 +186,9 @@ class PreferenceModel:
         ]
         scores, order = np.zeros(len(rows)), sorted(range(len(rows)), key=lambda i: len(rows[i]))
         with model_lock(self.model), evaluating(self.model), using_adapter(self.model, self.name):
-            for group in batches(order, self.batch_size):
-                scores[group] = self._score([rows[i] for i in group]).cpu().numpy()
+            for _, alike in groupby(order, key=lambda i: pass_of(self.model, len(rows[i]))):
+                for group in batches(list(alike), self.batch_size):
+                    scores[group] = self._score([rows[i] for i in group]).cpu().numpy()
         return scores
 
     def _score(self, rows: list[list[int]]) -> torch.Tensor:

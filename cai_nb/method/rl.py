@@ -117,7 +117,7 @@ ALGORITHMS = {algorithm.name: algorithm for algorithm in (
 @dataclass(frozen=True)
 class RLConfig:
     "Settings of RL-CAI."
-    algorithm: str = setting("grpo", "how the policy learns (the paper: PPO)", among=tuple(ALGORITHMS))
+    algorithm: str = setting("grpo", "how the policy learns (the paper: PPO)", among=(*ALGORITHMS, "dpo"))
     steps: int = setting(40, "optimizer steps", low=1)
     batch_size: int = setting(64, "replies in a step", low=2)
     group_size: int = setting(8, "replies to one prompt (the paper: 1)", low=2)
@@ -143,7 +143,8 @@ class RLConfig:
         import trl
 
         if self.algorithm not in ALGORITHMS:
-            raise CaiError(f"RL-CAI: algorithm={self.algorithm!r}, expected one of {', '.join(ALGORITHMS)}")
+            raise CaiError(f"RL-CAI: algorithm={self.algorithm!r}, expected one of {', '.join(ALGORITHMS)}; "
+                           "dpo learns from pairs and not from scores: `method.dpo.train_dpo`")
         micro = self.micro_batch_size or self.batch_size
         if self.batch_size % self.group_size or self.batch_size % micro:
             raise CaiError(f"RL-CAI: batch_size={self.batch_size} is not a multiple of group_size={self.group_size} "

@@ -22,7 +22,7 @@ from .eval_stage import EVAL
 from .folder import Run, code_digest, read_manifest, say, versions
 from .prompts_stage import PROMPTS
 from .rl_stages import LABELS, PAIRS, PREFERENCE, RL
-from .roles import JUDGES, check_role
+from .roles import JUDGES, SamplingSettings, check_role
 from .sl_stages import CHAINS, SL
 from .stage import Stage
 
@@ -71,12 +71,13 @@ class ServerSettings:
     roles: list[str] = setting(["helpful", "feedback"], "the roles that are asked there", among=("helpful", "feedback"))
     in_flight: int = setting(64, "requests at once", low=1, high=4096)
     patience: float = setting(600.0, "seconds without any answer before it is given up", above=0)
+    scoring: str | None = setting(None, "labels by steps (vLLM) or echo; null: as it can", among=("steps", "echo"))
 
 # %% ../../nbs/runs/07_recipe.ipynb #5e25a0cb
 @cache
 def sections() -> dict[str, type]:  # "" for the keys at the top
     "Every section of a recipe with the dataclass of its keys."
-    found = {"": GeneralSettings, "lm": ServerSettings}
+    found = {"": GeneralSettings, "lm": ServerSettings, "sampling": SamplingSettings}
     for stage in STAGES:
         found |= stage.settings()
     return found

@@ -17,7 +17,8 @@ from .sl_stages import chosen, facts
 from .stage import Amounts, Role, RowKind, Stage, Work, left_out, metrics_of, share
 
 # %% auto #0
-__all__ = ['PAIRS', 'LABELS', 'PREFERENCE', 'RL', 'PairsSettings', 'LabelsSettings', 'asked_as', 'comparisons_of']
+__all__ = ['PAIRS', 'LABELS', 'PREFERENCE', 'RL', 'PairsSettings', 'LabelsSettings', 'asked_as', 'comparisons_of',
+           'preference_data']
 
 # %% ../../nbs/runs/05_rl_stages.ipynb #1805ca14
 @dataclass(frozen=True)
@@ -155,16 +156,25 @@ def _preference_settings() -> dict[str, type]:
     return {"preference": PreferenceConfig}
 
 
-def _preference(run: Run) -> dict:
-    "preference/: the preference model, on soft labels (paper §4.2)."
-    from cai_nb.method.preference import PreferenceConfig, preference_rows, train_preference
+def preference_data(
+    run: Run,
+) -> tuple[list[dict], dict]:  # rows of `preference_rows`, and counts
+    "The run's labelled pairs and helpfulness comparisons."
+    from cai_nb.method.preference import preference_rows
 
     prompts, pairs, labels = (run.rows(f"{name}.jsonl") for name in ("prompts", "pairs", "labels"))
     comparisons, outside = comparisons_of(run, prompts)
     rows = preference_rows(prompts, pairs, labels, comparisons)
+    return rows, {"rows": len(rows), "comparisons": len(comparisons), "comparisons_left_out": len(outside)}
+
+
+def _preference(run: Run) -> dict:
+    "preference/: the preference model, on soft labels (paper §4.2)."
+    from cai_nb.method.preference import PreferenceConfig, train_preference
+
+    rows, counts = preference_data(run)
     config = run.settings(PreferenceConfig, "preference")
-    metrics = train_preference(*base_of(run), rows, config, run.file("preference"), facts(run))
-    return {"rows": len(rows), "comparisons": len(comparisons), "comparisons_left_out": len(outside)} | metrics
+    return counts | train_preference(*base_of(run), rows, config, run.file("preference"), facts(run))
 
 
 def _preference_work(a: Amounts) -> Work:
@@ -225,28 +235,46 @@ PREFERENCE = Stage(
 
 # %% ../../nbs/runs/05_rl_stages.ipynb #c6b1f905
 def _rl_settings() -> dict[str, type]:
+    from cai_nb.method.dpo import DPOSettings
     from cai_nb.method.rl import RLConfig
 
-    return {"rl": RLConfig}
+    return {"rl": RLConfig, "dpo": DPOSettings}
 
 
 def _rl(run: Run) -> dict:
-    "rl/: the policy (paper §4.1)."
+    "rl/: the policy (paper §4.1), or where the recipe says dpo, the same labels without a reward."
     from cai_nb.method.rl import RLConfig, train_rl
 
+    if run.recipe["rl"]["algorithm"] == "dpo":
+        return _dpo(run)
     return train_rl(*base_of(run), run.train_prompts(), run.file("sl"), run.file("preference"),
                     run.settings(RLConfig, "rl"), run.file("rl"), facts(run))
 
 
+def _dpo(run: Run) -> dict:
+    "The policy from the pairs that the preference model is trained on."
+    from cai_nb.method.dpo import DPOSettings, train_dpo
+
+    rows, counts = preference_data(run)
+    config = run.settings(DPOSettings, "dpo")
+    return counts | train_dpo(*base_of(run), rows, run.file("sl"), config, run.file("rl"), facts(run))
+
+
 def _rl_work(a: Amounts) -> Work:
+    if a.recipe["rl"]["algorithm"] == "dpo":
+        sequences = 2 * (a.pairs + a.comparisons) * a.recipe["dpo"]["epochs"]
+        return Work(round(sequences), read=sequences * a.talk, trained=sequences * a.talk)
     replies = a.recipe["rl"]["steps"] * a.recipe["rl"]["batch_size"]
     return Work(replies, written=replies * a.reply, read=3 * replies * a.talk, trained=replies * a.talk)
 
 # %% ../../nbs/runs/05_rl_stages.ipynb #a5bd460b
 def _rl_roles(opened) -> dict[str, Role]:
-    "Every training prompt (paper §4.1)."
+    "Every training prompt (paper §4.1); by dpo none is asked again."
     from cai_nb.method.rl import rl_prompts
 
+    if opened.run.recipe["rl"]["algorithm"] == "dpo":
+        return {row["id"]: Role(False, "not asked again: DPO learns from the pairs")
+                for row in opened.files["prompts"].rows.values() if row["split"] == "train"}
     config, metrics = opened.run.recipe["rl"], metrics_of(opened.run, "rl")
     prompts = [row for row in opened.files["prompts"].rows.values() if row["split"] == "train"]
     if metrics.get("prompts_too_long") or opened.files["prompts"].problems or not prompts:
@@ -265,5 +293,6 @@ def _rl_roles(opened) -> dict[str, Role]:
 
 RL = Stage(
     "rl", "RL-CAI", "Trains the policy to please the preference model.", _rl, _rl_settings,
-    reads=("prompts.jsonl", "sl/", "preference/"), writes=("rl/",), work=_rl_work, roles=_rl_roles,
+    reads=("prompts.jsonl", "pairs.jsonl", "labels.jsonl", "sl/", "preference/"), writes=("rl/",), work=_rl_work,
+    roles=_rl_roles,
 )

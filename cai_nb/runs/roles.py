@@ -6,14 +6,16 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from ..core.errors import CaiError
+from ..core.settings import setting
 from ..measure.judging import Judge, JudgeRecord, open_judge
 from .folder import Run, say
 
 # %% auto #0
-__all__ = ['SHELF', 'ROLES', 'JUDGES', 'Shelf', 'role_name', 'base_of', 'check_role', 'lm_of', 'adapted', 'say_read', 'judge_of',
-           'flag_of']
+__all__ = ['SHELF', 'ROLES', 'JUDGES', 'Shelf', 'role_name', 'base_of', 'SamplingSettings', 'nucleus_of', 'check_role', 'lm_of',
+           'adapted', 'say_read', 'judge_of', 'flag_of']
 
 # %% ../../nbs/runs/01_roles.ipynb #956804ac
 class Shelf:
@@ -58,6 +60,24 @@ def base_of(
     "The model of a role; roles with the same name share one copy."
     return SHELF.take(role_name(run, role), run.recipe["quantization"])
 
+# %% ../../nbs/runs/01_roles.ipynb #4688ab03
+@dataclass(frozen=True)
+class SamplingSettings:
+    "Which tokens may be drawn for replies, critiques, revisions and pairs (the paper: all)."
+    top_p: float = setting(1.0, "the likeliest tokens that together have this probability", above=0, high=1)
+    min_p: float = setting(0.0, "those at least so likely as this share of the likeliest", low=0, high=1)
+    top_k: int = setting(0, "so many of the likeliest; 0: all", low=0)
+
+
+def nucleus_of(
+    run: Run,
+):  # a `Nucleus`, or None where every token may be drawn
+    "What the recipe says of sampling."
+    from cai_nb.lm.decoding import Nucleus
+
+    found = Nucleus(**run.recipe["sampling"])
+    return None if found == Nucleus() else found
+
 # %% ../../nbs/runs/01_roles.ipynb #a0d78edb
 def check_role(
     run: Run,
@@ -93,9 +113,10 @@ def lm_of(
         from cai_nb.lm.endpoint import EndpointLM
 
         name = role_name(run, role)
-        return EndpointLM(server["endpoint"], server["model"] or name, tokenizer=name, in_flight=server["in_flight"],
-                          patience=server["patience"])
-    return LocalLM(*base_of(run, role), batch_size=run.recipe[section]["batch_size"])
+        lm = EndpointLM(server["endpoint"], server["model"] or name, tokenizer=name, in_flight=server["in_flight"],
+                        patience=server["patience"], scoring=server.get("scoring"))
+        return lm.with_nucleus(nucleus_of(run))
+    return LocalLM(*base_of(run, role), batch_size=run.recipe[section]["batch_size"], nucleus=nucleus_of(run))
 
 
 @contextmanager
@@ -113,7 +134,8 @@ def adapted(
     for folder in folders.values():
         check_template(tokenizer, folder)
     with borrowed(model):
-        yield LocalLM(add_adapters(model, folders), tokenizer, batch_size=run.recipe[section]["batch_size"])
+        yield LocalLM(add_adapters(model, folders), tokenizer, batch_size=run.recipe[section]["batch_size"],
+                      nucleus=nucleus_of(run))
 
 # %% ../../nbs/runs/01_roles.ipynb #5ede60bb
 def say_read(

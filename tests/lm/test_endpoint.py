@@ -644,6 +644,27 @@ def test_chains_go_on_through_a_kill_of_vllm(vllm, tmp_path):
     assert sum(a == b for a, b in zip(calm, storm)) >= 22, "the same seeds give the same chains from the new server"
 
 
+def test_an_older_vllm_that_passes_over_a_field_is_asked_by_echo(server, monkeypatch, capsys):
+    """It answers with 200 and the log-probability of the token that it drew, and of no other."""
+    talks, complete = asks(3), type(server).complete
+    expected = endpoint(server, scoring="echo").choice_logprobs(talks, CHOICES)
+
+    def older(self, body, prompt, index):
+        choice = complete(self, {k: v for k, v in body.items() if k != "logprob_token_ids"}, prompt, index) if (
+            body.get("echo")) else {"index": index, "text": " x", "finish_reason": "length", "logprobs": None}
+        drawn = {"token_logprobs": [-1.0], "top_logprobs": [{"token_id:99999": -1.0}]}
+        choice["logprobs"] = choice["logprobs"] or drawn
+        return choice
+
+    monkeypatch.setattr(type(server), "complete", older)
+    monkeypatch.setattr(server, "owner", "vllm")
+    lm = endpoint(server)
+    np.testing.assert_allclose(lm.choice_logprobs(talks, CHOICES), expected, atol=1e-9)
+    assert lm.scoring == "echo" and "passes over logprob_token_ids" in capsys.readouterr().err
+    with pytest.raises(CaiError, match="log-probabilities"):
+        endpoint(server, scoring="steps").choice_logprobs(talks, CHOICES)
+
+
 @pytest.mark.parametrize("proxy", ["http://127.0.0.1:1", "socks5://127.0.0.1:1"])
 def test_a_proxy_does_not_stand_between_here_and_here(server, monkeypatch, proxy):
     for name in ("HTTP_PROXY", "ALL_PROXY", "http_proxy", "all_proxy"):
