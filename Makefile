@@ -29,6 +29,7 @@ export: .venv/.ready-dev
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 	$(BIN)/python nbs/_exported.py
+	$(BIN)/python -c "from cai_nb.runs.recipe import recipe_keys; open('RECIPES.md', 'w').write(recipe_keys())"
 
 # The endpoint against a real server: vLLM's CPU build in an environment of its own (2.4 GB), some minutes
 test-endpoint: .venv/.ready-dev .venv-vllm/.ready

@@ -172,6 +172,12 @@ def _way_out(setting: Setting) -> str:
     return "" if setting.among or setting.default in (None, MISSING) else f"; the default is {setting.default!r}"
 
 
+def _shown(value) -> str:
+    "A value in a message; of a long one the beginning."
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
 def _fitted(value, setting: Setting, where: str, name: str):
     "`value` as it is kept; an error says what was expected."
     if setting.kind is None or value is None and setting.null:
@@ -180,11 +186,11 @@ def _fitted(value, setting: Setting, where: str, name: str):
         each = dataclasses.replace(setting, default=MISSING, kind=setting.item, null=False)
         return [_fitted(item, each, where, f"{name}[{i}]") for i, item in enumerate(value)]
     if not _has_kind(value, setting.kind):
-        raise CaiError(f"{where}: {name} is {value!r}, expected {_wanted(setting)}")
+        raise CaiError(f"{where}: {name} is {_shown(value)}, expected {_wanted(setting)}")
     if setting.kind is float:
         value = _finite(value, where, name)
     if not _in_range(value, setting):
-        raise CaiError(f"{where}: {name} is {value!r}, expected {setting.range_words}{_way_out(setting)}")
+        raise CaiError(f"{where}: {name} is {_shown(value)}, expected {setting.range_words}{_way_out(setting)}")
     return value
 
 # %% ../../nbs/core/08_settings.ipynb #c503e2e4

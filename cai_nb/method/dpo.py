@@ -104,13 +104,13 @@ def _soft_dpo_trainer():
 @dataclass(frozen=True)
 class DPOSettings:
     "Settings of DPO, where `rl.algorithm` is dpo."
-    epochs: float = setting(1, "times that the pairs are read", above=0)
-    learning_rate: float = setting(3e-4, "of the adapter, at its highest", above=0)
+    epochs: float = setting(1, "times that the pairs are read", above=0, high=1000)
+    learning_rate: float = setting(3e-4, "of the adapter, at its highest", above=0, high=1)
     schedule: str = setting("linear", "how the rate goes down", among=SCHEDULES)
     warmup: float = setting(0.1, "share of the steps in which the rate rises to its value", low=0, high=1)
     batch_size: int = setting(32, "pairs in a step", low=1)
     micro_batch_size: int | None = setting(None, "pairs at once, if memory is short; null: all of a step", low=1)
-    beta: float = setting(0.1, "weight of the KL to SL-CAI: how little a label may move the policy", above=0)
+    beta: float = setting(0.1, "weight of the KL to SL-CAI: how little a label may move the policy", above=0, high=100)
     max_length: int = setting(512, "tokens of one conversation; longer pairs are left out", low=1)
     save_steps: int = setting(50, "a checkpoint every so many steps", low=1)
     seed: int = 0

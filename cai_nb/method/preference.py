@@ -120,16 +120,16 @@ def encode_comparison(
 @dataclass(frozen=True)
 class PreferenceConfig:
     "Settings of the preference model."
-    epochs: float = setting(1, "times that the pairs are read, as in the paper", above=0)
-    learning_rate: float = setting(1e-3, "of the adapter, at its highest", above=0)
+    epochs: float = setting(1, "times that the pairs are read, as in the paper", above=0, high=1000)
+    learning_rate: float = setting(1e-3, "of the adapter, at its highest", above=0, high=1)
     schedule: str = setting("linear", "how the rate goes down", among=SCHEDULES)
     warmup: float = setting(0.0, "share of the steps in which the rate rises to its value", low=0, high=1)
     batch_size: int = setting(32, "pairs in a step", low=1)
     micro_batch_size: int | None = setting(None, "pairs at once, if memory is short; null: all of a step", low=1)
     max_length: int = setting(512, "tokens of one conversation (the paper: 1024); longer pairs are left out", low=1)
     center: float = setting(0.01, "pulls the mean score towards 0, which differences alone leave open", low=0)
-    held_out: float = setting(0.1, "share of prompts whose pairs are kept for measuring", low=0, high=1)
-    lora_r: int = setting(16, "rank of the adapter", low=1)
+    held_out: float = setting(0.1, "share of prompts whose pairs are kept for measuring", low=0, high=0.9)
+    lora_r: int = setting(16, "rank of the adapter", low=1, high=1024)
     lora_alpha: int = setting(32, "how strongly the adapter counts", low=1)
     save_steps: int = setting(50, "a checkpoint every so many steps", low=1)
     seed: int = 0

@@ -114,8 +114,8 @@ def encode_rows(
 @dataclass(frozen=True)
 class SLConfig:
     "Settings of SL-CAI."
-    epochs: float = setting(2, "times that the rows are read (the paper: 1)", above=0)
-    learning_rate: float = setting(1e-3, "at its highest (the paper: half that of pretraining, all weights)", above=0)
+    epochs: float = setting(2, "times that the rows are read (the paper: 1)", above=0, high=1000)
+    learning_rate: float = setting(1e-3, "at its highest (paper: half of pretraining, all weights)", above=0, high=1)
     schedule: str = setting("linear", "how the rate goes down (the paper: constant)", among=SCHEDULES)
     warmup: float = setting(0.0, "share of the steps in which the rate rises to its value", low=0, high=1)
     batch_size: int = setting(32, "sequences in a step (the paper: 1024)", low=1)
@@ -123,7 +123,7 @@ class SLConfig:
     max_length: int = setting(512, "tokens; longer rows are left out", low=1)
     n_revisions: int | None = setting(None, "train on the revisions of steps 1 to n; null: of all steps", low=1)
     helpful_ratio: float | None = setting(None, "helpful rows for one revision, at most (paper: .37); null: all", low=0)
-    lora_r: int = setting(16, "rank of the adapter", low=1)
+    lora_r: int = setting(16, "rank of the adapter", low=1, high=1024)
     lora_alpha: int = setting(32, "how strongly the adapter counts", low=1)
     save_steps: int = setting(50, "a checkpoint every so many steps", low=1)
     seed: int = 0

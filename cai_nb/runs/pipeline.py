@@ -20,7 +20,7 @@ from .eval_stage import evaluate_suites_of
 from .folder import Run, code_digest, read_manifest, say
 from .overview import further_tables
 from .page import write_page
-from .recipe import COPIES, STAGES, check_left, load_recipe, load_run, open_run
+from .recipe import COPIES, STAGES, check_left, check_ready, load_recipe, load_run, open_run, recipe_file
 from .stage import Stage
 
 # %% auto #0
@@ -101,8 +101,10 @@ def run_recipe(
     names = [stage.name for stage in STAGES]
     if until is not None and until not in names:
         raise CaiError(f"--until {until}: no such stage; stages are {', '.join(names)}")
-    name = load_recipe(recipe, sets)["name"]  # a recipe that is refused leaves no folder behind
-    folder = Path(out or Path("runs") / name).expanduser()
+    wanted, todo = load_recipe(recipe, sets), names[:names.index(until) + 1] if until else names
+    folder = Path(out or Path("runs") / wanted["name"]).expanduser()
+    if not (folder / "recipe.yaml").exists():  # a recipe that is refused leaves no folder behind
+        check_ready(Run(folder, wanted, recipe_folder=recipe_file(recipe).parent.resolve()), tuple(todo))
     with folder_lock(folder, "cai-nb run"):
         run = open_run(recipe, folder, sets, accepted)
         for stage in STAGES[:names.index(until) + 1] if until else STAGES:

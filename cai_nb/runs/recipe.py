@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,14 +22,15 @@ from .eval_stage import EVAL
 from .folder import Run, code_digest, read_manifest, say, versions
 from .prompts_stage import PROMPTS
 from .rl_stages import LABELS, PAIRS, PREFERENCE, RL
-from .roles import JUDGES, SamplingSettings
+from .roles import JUDGES, SamplingSettings, check_role
 from .sl_stages import CHAINS, SL
 from .stage import Stage
 
 # %% auto #0
 __all__ = ['STAGES', 'COPIES', 'stage_named', 'GeneralSettings', 'ServerSettings', 'sections', 'all_defaults', 'merge',
-           'available_recipes', 'recipe_file', 'load_recipe', 'parse_set', 'check_together', 'differences', 'filled',
-           'written_recipe', 'read_recipe', 'load_run', 'open_run', 'check_left']
+           'available_recipes', 'recipe_file', 'load_recipe', 'parse_set', 'check_together', 'check_ready',
+           'recipe_keys', 'differences', 'filled', 'written_recipe', 'read_recipe', 'load_run', 'open_run',
+           'check_left']
 
 # %% ../../nbs/runs/07_recipe.ipynb #ed520d3d
 STAGES: tuple[Stage, ...] = (PROMPTS, CHAINS, SL, PAIRS, LABELS, PREFERENCE, RL, EVAL)
@@ -57,7 +59,7 @@ class GeneralSettings:
     quantization: str | None = setting(None, "nf4, or null for full weights", among=("nf4",))
     card: dict | None = setting(None, "name, memory (GiB), tflops, bandwidth (GB/s), for --dry-run; null: this machine")
     constitution: str = setting("harmlessness", "a shipped one's name, or a YAML file")
-    seed: int = setting(0, "of everything that is drawn")
+    seed: int = setting(0, "of everything that is drawn", low=0, high=2**32 - 1)
     judge: str | None = setting(None, "who judges replies: mini's oracle; null: nobody", among=_JUDGES)
 
 
@@ -66,8 +68,8 @@ class ServerSettings:
     "Roles that are asked of an OpenAI-compatible server."
     endpoint: str | None = setting(None, "its address, such as http://localhost:8000/v1")
     model: str | None = setting(None, "the name under which it serves; null: the role's")
-    roles: list = setting(["helpful", "feedback"], "the roles that are asked there")
-    in_flight: int = setting(64, "requests at once", low=1)
+    roles: list[str] = setting(["helpful", "feedback"], "the roles that are asked there", among=("helpful", "feedback"))
+    in_flight: int = setting(64, "requests at once", low=1, high=4096)
     patience: float = setting(600.0, "seconds without any answer before it is given up", above=0)
     scoring: str | None = setting(None, "labels by steps (vLLM) or echo; null: as it can", among=("steps", "echo"))
 
@@ -186,10 +188,54 @@ def check_together(
     card = recipe["card"]
     if card is not None and set(card) != {"name", "memory", "tflops", "bandwidth"}:
         raise CaiError(f"recipe: card is {card!r}, expected name, memory, tflops and bandwidth, or null")
-    if unknown := set(recipe["lm"]["roles"]) - {"helpful", "feedback"}:
-        raise CaiError(f"recipe: lm.roles has {sorted(unknown)[0]!r}, expected helpful and feedback alone: "
-                       "the base is trained here")
+    name, rl, endpoint = recipe["name"], recipe["rl"], recipe["lm"]["endpoint"]
+    if not re.fullmatch(r"[\w. +@-]{1,100}", name) or not name.strip(". "):
+        raise CaiError(f"recipe: name is {name[:60]!r}, expected letters, digits, spaces and . _ + @ - alone: "
+                       "it names a folder below runs/; another place is given with --out")
+    if rl["batch_size"] % rl["group_size"]:
+        raise CaiError(f"recipe: rl.batch_size is {rl['batch_size']}, expected a multiple of rl.group_size "
+                       f"({rl['group_size']})")
+    for stage in ("sl", "preference", "rl"):
+        micro, size = recipe[stage]["micro_batch_size"], recipe[stage]["batch_size"]
+        if micro is not None and size % micro:
+            raise CaiError(f"recipe: {stage}.micro_batch_size is {micro}, expected a divisor of {stage}.batch_size "
+                           f"({size})")
+    if (used := recipe["sl"]["n_revisions"]) is not None and used > recipe["chains"]["n_revisions"]:
+        raise CaiError(f"recipe: sl.n_revisions is {used}, expected at most chains.n_revisions "
+                       f"({recipe['chains']['n_revisions']}), or null")
+    if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+        raise CaiError("recipe: lm.endpoint is no address, expected one such as http://localhost:8000/v1")
     return recipe
+
+# %% ../../nbs/runs/07_recipe.ipynb #56a0aadf
+_ASKED = {"chains": "helpful", "sl": "base", "labels": "feedback"}  # stage → the role that it asks first
+
+
+def check_ready(
+    run: Run,  # that is to begin
+    stages: tuple[str, ...] = tuple(stage.name for stage in STAGES),  # what will be done
+) -> None:
+    "Raise if principles or models that the stages will need are not there."
+    recipe, constitution = run.recipe, run.named_constitution()
+    if "chains" in stages:
+        constitution.pool("critique")
+    if "labels" in stages:
+        known, wanted = len(constitution.pool("comparison")), recipe["labels"]["n_principles"]
+        if wanted > known:
+            raise CaiError(f"recipe: labels.n_principles is {wanted}, expected at most {known}: constitution "
+                           f"{constitution.name} has no more comparison principles")
+    for stage in stages:
+        if stage in _ASKED:
+            check_role(run, _ASKED[stage])
+
+# %% ../../nbs/runs/07_recipe.ipynb #f9512baa
+def recipe_keys() -> str:  # Markdown
+    "The reference of all recipe keys."
+    lines = ["# Keys of a recipe", "", "Made by `make export` from the stages' settings: what stands here is checked."]
+    for name, cls in sections().items():
+        table = describe(cls, ("seed",) if name else ())._repr_markdown_()
+        lines += ["", f"## {name or 'At the top'}", "", " ".join((cls.__doc__ or "").split()), "", table]
+    return "\n".join([*lines, ""])
 
 # %% ../../nbs/runs/07_recipe.ipynb #f25f522a
 def differences(

@@ -25,7 +25,7 @@ __all__ = ['PAIRS', 'LABELS', 'PREFERENCE', 'RL', 'PairsSettings', 'LabelsSettin
 class PairsSettings:
     "Two replies of SL-CAI to every red-team prompt (paper §4.1)."
     limit: int | None = setting(None, "so many prompts, from the front; null: all", low=1)
-    temperature: float = setting(1.0, "of the replies", low=0)
+    temperature: float = setting(1.0, "of the replies", low=0, high=10)
     max_new_tokens: int = setting(256, "tokens of a reply", low=1)
     batch_size: int = setting(64, "prompts that are written to disk together", low=1)
 
@@ -60,9 +60,10 @@ PAIRS = Stage(
 class LabelsSettings:
     "Which reply is better, by principles of the constitution (paper §4.1)."
     cot: bool = setting(False, "reason first, then decide")
-    n_cot: int = setting(1, "chains of thought to each question, averaged", low=1)
-    clamp: list[float] | None = setting(None, "bounds such as [0.4, 0.6]; null: those with cot, none without")
-    n_principles: int = setting(1, "different principles for each pair (the paper: 1)", low=1)
+    n_cot: int = setting(1, "chains of thought to each question, averaged", low=1, high=100)
+    clamp: list[float] | None = setting(None, "two bounds such as [0.4, 0.6]; null: those with cot, none without",
+                                       low=0, high=1)
+    n_principles: int = setting(1, "different principles for each pair (the paper: 1)", low=1, high=1000)
     both_orders: bool = setting(True, "ask with the options swapped as well")
     layout: str = setting("paper", "how questions are put: principle_last for mini, chat_plain for small chat models",
                           among=tuple(COMPARISON_LAYOUTS))

@@ -8,13 +8,14 @@ from __future__ import annotations
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ..core.errors import CaiError
 from ..core.settings import setting
 from ..measure.judging import Judge, JudgeRecord, open_judge
 from .folder import Run, say
 
 # %% auto #0
-__all__ = ['SHELF', 'ROLES', 'JUDGES', 'Shelf', 'role_name', 'base_of', 'SamplingSettings', 'nucleus_of', 'lm_of', 'adapted',
-           'say_read', 'judge_of', 'flag_of']
+__all__ = ['SHELF', 'ROLES', 'JUDGES', 'Shelf', 'role_name', 'base_of', 'check_role', 'SamplingSettings', 'nucleus_of', 'lm_of',
+           'adapted', 'say_read', 'judge_of', 'flag_of']
 
 # %% ../../nbs/runs/01_roles.ipynb #956804ac
 class Shelf:
@@ -59,13 +60,34 @@ def base_of(
     "The model of a role; roles with the same name share one copy."
     return SHELF.take(role_name(run, role), run.recipe["quantization"])
 
+# %% ../../nbs/runs/01_roles.ipynb #a0d78edb
+def check_role(
+    run: Run,
+    role: str,  # of `ROLES`
+) -> None:
+    "Raise if the model of a role is not within reach; only its config is read, of one behind a server its tokenizer."
+    name = role_name(run, role)
+    if name == "mini":
+        return
+    from transformers import AutoConfig, AutoTokenizer
+
+    from cai_nb.lm.model import model_source
+
+    served = run.recipe["lm"]["endpoint"] and role in run.recipe["lm"]["roles"]
+    try:
+        (AutoTokenizer if served else AutoConfig).from_pretrained(model_source(name), trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CaiError(f"recipe: {role} is {name!r}, which is not within reach ({first}); expected mini, a folder with "
+                       "a model, or a hub id") from None
+
 # %% ../../nbs/runs/01_roles.ipynb #4688ab03
 @dataclass(frozen=True)
 class SamplingSettings:
     "Which tokens may be drawn for replies, critiques, revisions and pairs (the paper: all)."
     top_p: float = setting(1.0, "the likeliest tokens that together have this probability", above=0, high=1)
-    min_p: float = setting(0.0, "those at least so likely as this share of the likeliest", low=0, high=1)
-    top_k: int = setting(0, "so many of the likeliest; 0: all", low=0)
+    min_p: float = setting(0.0, "those at least so likely as this share of the likeliest", low=0, high=0.99)
+    top_k: int = setting(0, "so many of the likeliest; 0: all", low=0, high=1_000_000)
 
 
 def nucleus_of(

@@ -21,11 +21,11 @@ __all__ = ['CHAINS', 'SL', 'ChainsSettings', 'facts', 'chosen']
 @dataclass(frozen=True)
 class ChainsSettings:
     "Critiques and revisions (paper §3.1, §3.2)."
-    n_revisions: int = setting(4, "revisions of every response", low=1)
+    n_revisions: int = setting(4, "revisions of every response", low=1, high=100)
     critiques: bool = setting(True, "false: revise directly (§3.5)")
     few_shot: bool = setting(False, "the layout's worked examples in front, for a plain base or a small model")
     layout: str = setting("chat", "how requests are put", among=tuple(CRITIQUE_LAYOUTS))
-    temperature: float = setting(1.0, "the paper's, always", low=0)
+    temperature: float = setting(1.0, "the paper's, always", low=0, high=10)
     max_new_tokens: int = setting(256, "tokens of a response, critique or revision", low=1)
     batch_size: int = setting(64, "prompts that are written to disk together", low=1)
 

@@ -349,10 +349,10 @@ def test_shipped_models_load():
 
 
 def test_folders_that_are_no_runs_and_busy_ports_say_the_way_out(tmp_path, server):
-    with pytest.raises(CaiError, match="recipe.yaml: not found; expected a run folder"):
+    with pytest.raises(CaiError, match="so this is no run folder; make one with"):
         load_models(tmp_path)
     (tmp_path / "recipe.yaml").write_text("constitution: harmlessness")
-    with pytest.raises(CaiError, match="key `base` is missing"):
+    with pytest.raises(CaiError, match="no key base, so this is no run folder"):
         load_models(tmp_path)
     port = int(server[0].rstrip("/").rsplit(":", 1)[1])
     with pytest.raises(CaiError, match=f"--port {port}: cannot be opened"):

@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 
@@ -44,10 +42,9 @@ def holder(tmp_path):
 def test_the_second_is_told_who_holds_the_folder(holder, tmp_path):
     from cai_nb.runs.pipeline import run_recipe
 
-    before = time.monotonic()
     with pytest.raises(CaiError, match=rf"held by process {holder.pid} on \S+ since 20.*cai-nb run.*one process"):
         run_recipe("mini", tmp_path / "run")
-    assert time.monotonic() - before < 5
+    assert holder.poll() is None, "it did not wait until the first one ended"
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {LOCK_FILE, ".owner.json"}, "nothing was begun"
 
 
