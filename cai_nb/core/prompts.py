@@ -237,7 +237,8 @@ def read_comparisons(
         if isinstance(row, dict):
             row["split"] = _side(record, row["messages"], place, eval_fraction)
             refused = unfit and unfit([*row["messages"], {"role": "assistant", "content": row["chosen"]}])
-            reason = refused or "twice" if refused or row["id"] in seen else None if split in (None, row["split"]) else f"not {split}"
+            twice = "twice" if row["id"] in seen else None
+            reason = refused or twice or (None if split in (None, row["split"]) else f"not {split}")
             seen.add(row["id"])
         fates.add(place, reason, record)
         if reason is None:

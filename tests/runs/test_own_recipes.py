@@ -167,9 +167,11 @@ def test_a_source_without_any_row_to_train_on_is_said_at_once(own, tmp_path, row
         PROMPTS.run(open_run(path, tmp_path / "run"))
 
 
-GEMMA = """{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}\
-{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}\
-{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+GEMMA = """{% for m in messages %}
+{%- if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{%- set user = loop.index0 % 2 == 0 %}
+{%- if (m.role == 'user') != user %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}
+{{- m.role + ': ' + m.content + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
 
 
 def test_what_the_template_refuses_is_known_when_prompts_are_read(own, tmp_path, capsys):
