@@ -31,6 +31,7 @@ class FaultServer:
         self.tokenizer, self.owner, self.model, self.context = tokenizer, owner, model, context
         self.faults, self.given, self.asked, self.keys, self.times = [], [], [], set(), []
         self.delay, self.now, self.most, self.models = 0.0, 0, 0, OK[0]
+        self.choice = {}  # fields that every choice has instead of its own
         self.die_at, self.down, self.deaths, self.lock, self.port = None, 0.5, 0, threading.RLock(), 0
 
     @property
@@ -85,6 +86,7 @@ class FaultServer:
         else:
             prompts = body["prompt"] if isinstance(body["prompt"][0], list) else [body["prompt"]]
             choices = [self.complete(body, p, i) for i, p in enumerate(prompts)][::-1]  # out of order on purpose
+        choices = [{**choice, **self.choice} for choice in choices]
         if fault == "aborted":
             choices[0]["finish_reason"] = "abort"
         if fault == "text is null":

@@ -236,13 +236,14 @@ def order(module: str) -> tuple[int, str]:
 
 
 def test_folders_and_numbers():
-    """Folders are one deep and known; in each the notebooks are numbered with two digits, no number twice."""
+    """Folders are one deep and known; in each the notebooks are numbered from 00 with two digits and no gap."""
     for folder in (ROOT / "nbs").iterdir():
         if folder.is_dir() and folder.name not in (".ipynb_checkpoints", "_proc", "tutorials", "experiments"):
             names = sorted(path.name for path in NOTEBOOKS if path.parent == folder)
             assert folder.name in FOLDERS and names, f"{relative(folder)} is not in the map of the house"
-            numbers = [name[:2] for name in names]
-            assert all(n.isdigit() for n in numbers) and len(set(numbers)) == len(names), f"{relative(folder)}: {names}"
+            assert [name[:3] for name in names] == [f"{i:02}_" for i in range(len(names))], (
+                f"{relative(folder)}: {names}"
+            )
     for module, notebook in SOURCES.items():
         assert module == f"{notebook.parent.name}.{notebook.stem[3:]}", f"{relative(notebook)} exports {module}"
 

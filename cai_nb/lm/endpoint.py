@@ -19,8 +19,9 @@ from fastcore.basics import patch
 from ..core.dialogue import encode_text, ensure_chat_template, stop_texts, stop_token_ids
 from ..core.errors import CaiError, notice
 from ..core.rows import row_id
+from ..core.thoughts import THOUGHT_MARKS, hides_marks, part_texts, split_thoughts
 from .decoding import Nucleus
-from .generate import Reply, cut_prompt, flag_reply, prompt_tokens, seeds_for
+from .generate import Reply, cut_prompt, flag_reply, in_thought, prompt_tokens, seeds_for
 from .http import Broken, Lacking, Refused, Server, once, read_choices
 from .model import check_template, model_source
 
@@ -70,21 +71,31 @@ def _step_scores(
     return [_total([tables[tuple(a[:k])].get(f"token_id:{a[k]}") for k in range(len(a))]) for a in answers]
 
 # %% ../../nbs/lm/09_endpoint.ipynb #40d5d4d2
+def _part(text: str) -> tuple[str, str]:
+    "Answer and thoughts of a text whose model's marks nobody knows: it begins with one, or one ends them on its line."
+    lone = tuple((a, b) for a, b in THOUGHT_MARKS if a not in text and f"\n{b}\n" in f"\n{text}\n")
+    return split_thoughts(text, lone)
+
+
 def _read_completion(
     reply,  # the parsed body of a completion, or of a chat completion
     flags: tuple[str, ...] = (),  # of the prompt
+    part=_part,  # text → answer and thoughts
 ) -> Reply:
     "The one reply in a completion."
     [choice], usage = read_choices(reply), reply.get("usage")
-    text, reason = choice.get("text"), choice.get("finish_reason")
+    text, reason, apart = choice.get("text"), choice.get("finish_reason"), None
     if isinstance(choice.get("message"), dict):
-        text = choice["message"].get("content") or ""
+        message = choice["message"]
+        text, apart = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
     if not isinstance(text, str) or reason not in ("stop", "length", "content_filter"):
         raise Broken(f"ended for the reason {reason!r}, expected 'stop' or 'length'")
-    text, done = text.strip(), reason == "stop"
+    apart = apart.strip() if isinstance(apart, str) else ""
+    (answer, within), done = part(text), reason == "stop"
     spent = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    n_tokens = len(text.split()) if spent is None else max(0, spent - done)
-    return Reply(text, done, flag_reply(text, done) + flags, n_tokens)
+    n_tokens = len(f"{apart} {text}".split()) if spent is None else max(0, spent - done)
+    thoughts = "\n\n".join(filter(None, (apart, within)))
+    return Reply(answer, done, flag_reply(answer, done) + flags, n_tokens, thoughts)
 
 # %% ../../nbs/lm/09_endpoint.ipynb #e221dfe9
 def _tokenizer(given):
@@ -135,7 +146,7 @@ class EndpointLM:
             raise CaiError(f"scoring: found {scoring!r}, expected 'steps', 'echo' or None")
         self.server = Server(base_url, api_key, in_flight, timeout, patience)
         self.base = self.model = model
-        self.scoring, self.extra, self.nucleus = scoring, extra or {}, None
+        self.scoring, self.extra, self.nucleus, self.think = scoring, extra or {}, None, False
         self.tokenizer = None if tokenizer is None else _tokenizer(tokenizer)
 
     def __repr__(self) -> str:
@@ -172,6 +183,14 @@ def with_nucleus(self: EndpointLM, nucleus: Nucleus | None) -> EndpointLM:
     return other
 
 
+@patch
+def thinking(self: EndpointLM) -> EndpointLM:
+    "The same server, with the template's thinking on; for a model that cannot think nothing changes."
+    other = copy.copy(self)
+    other.think = True
+    return other
+
+
 @patch(as_prop=True)
 def context(self: EndpointLM) -> int | None:
     "How many tokens the served model reads; None where nobody says, or without a tokenizer to count them."
@@ -186,7 +205,7 @@ def encode(self: EndpointLM, conversation: list[dict]) -> list[int]:
     if self.tokenizer is None:
         raise CaiError(f"{self!r}: without a tokenizer there are no tokens to count or to score; "
                        "give tokenizer= of the served model")
-    return prompt_tokens(self.tokenizer, conversation)
+    return prompt_tokens(self.tokenizer, conversation, self.think)
 
 
 @patch
@@ -210,6 +229,7 @@ def _check_tokens(self: EndpointLM) -> None:
 def digest(self: EndpointLM) -> str:  # 12 hexadecimal characters
     "Who answers: a digest of the served model's name, `extra` and chat template; nothing is asked of the server."
     drawn = [] if self.nucleus is None else [asdict(self.nucleus)]
+    drawn += ["thinking"] if self.think else []
     return row_id("endpoint", self.model, self.extra, getattr(self.tokenizer, "chat_template", None), *drawn)
 
 # %% ../../nbs/lm/09_endpoint.ipynb #908758e4
@@ -234,14 +254,17 @@ def _fields(self: EndpointLM, conversation, reserve: int) -> tuple[dict, tuple[s
     if self.tokenizer is not None:
         ids, cut = self._prompt(conversation, reserve)
         stops = {"stop_token_ids": stop_token_ids(self.tokenizer), "stop": stop_texts(self.tokenizer) or None}
-        return {"prompt": ids, **stops, **NEUTRAL}, cut
+        whole = {"skip_special_tokens": False} if hides_marks(self.tokenizer) else {}
+        return {"prompt": ids, **stops, **whole, **NEUTRAL}, cut
+    known = self._card.get("owned_by") in ("vllm", "sglang")
+    switch = {"chat_template_kwargs": dict.fromkeys(("enable_thinking", "thinking"), self.think)} if known else {}
+    fields = {"messages": conversation, "top_p": 1.0, **switch}
     if not conversation or conversation[-1].get("role") != "assistant":
-        return {"messages": conversation, "top_p": 1.0}, ()
-    if self._card.get("owned_by") not in ("vllm", "sglang"):
+        return fields, ()
+    if not known:
         raise CaiError(f"{self!r}: a server not known to continue an open assistant's turn; "
                        "give tokenizer= of the served model")
-    opened = {"continue_final_message": True, "add_generation_prompt": False}
-    return {"messages": conversation, "top_p": 1.0, **opened}, ()
+    return {**fields, "continue_final_message": True, "add_generation_prompt": False}, ()
 
 # %% ../../nbs/lm/09_endpoint.ipynb #0d444b43
 @patch
@@ -262,7 +285,10 @@ def _questions(
     said = fields.get("prompt") or fields.get("messages")
     common = {"max_tokens": max_new_tokens, "temperature": temperature, **fields, **self._drawn()}
     bodies = [self._body({**common, "seed": _dice(seed, sample, said)}) for sample in range(n)]
-    return [(path, body, lambda reply, body: _read_completion(reply, cut)) for body in bodies]
+    part = _part
+    if self.tokenizer:
+        part = lambda text: part_texts(self.tokenizer, [text], in_thought(self.tokenizer, self.think))[0]
+    return [(path, body, lambda reply, body: _read_completion(reply, cut, part)) for body in bodies]
 
 
 @patch

@@ -488,6 +488,79 @@ def test_chat_without_a_tokenizer(server):
     assert sorted(body.get("continue_final_message", False) for body in posts(server)) == [False, True]
 
 
+# Thoughts are no answers
+
+
+@pytest.mark.parametrize("message", [
+    {"content": "Sure.", "reasoning_content": " Is it safe? "},
+    {"content": "Sure.", "reasoning": "Is it safe?"},
+    {"content": "<think>\nIs it safe?\n</think>\n\nSure."},
+    {"content": "Is it safe?\n</think>\n\nSure."},
+    {"content": "[THINK]Is it safe?[/THINK]Sure."},
+])
+def test_thoughts_in_a_chat_stand_apart(server, message):
+    server.choice = {"message": message}
+    [[reply]] = endpoint(server, chat=True).sample(asks(1), max_new_tokens=9)
+    assert (reply.text, reply.thoughts, reply.flags, reply.finished) == ("Sure.", "Is it safe?", (), True)
+
+
+@pytest.mark.parametrize("message", [
+    {"content": None, "reasoning_content": "Is it"}, {"content": "<think>Is it"}, {"content": "◁think▷Is it"},
+])
+def test_a_chat_cut_while_thinking_has_no_answer(server, message):
+    server.choice = {"message": message, "finish_reason": "length"}
+    [[reply]] = endpoint(server, chat=True).sample(asks(1), max_new_tokens=9)
+    assert (reply.text, reply.thoughts, reply.flags) == ("", "Is it", ("empty", "truncated"))
+
+
+@pytest.mark.parametrize("text", ["Write <think> and </think> around it.", "A\n\n</thinker>\nB"])
+def test_an_answer_about_marks_stays_whole(server, text):
+    server.choice = {"message": {"content": text, "reasoning_content": None}}
+    [[reply]] = endpoint(server, chat=True).sample(asks(1), max_new_tokens=9)
+    assert (reply.text, reply.thoughts) == (text, "")
+
+
+def thinker(opens=False, special=False):
+    "mini's tokenizer with Qwen3's switch and marks."
+    made, marks = tokenizer(), ["<think>", "</think>"]
+    made.add_special_tokens({"additional_special_tokens": marks}) if special else made.add_tokens(marks)
+    opened = "<think>\n" if opens else ""
+    shut = "{% if add_generation_prompt %}{{ '" + opened + "' if enable_thinking else '<think></think>' }}{% endif %}"
+    made.chat_template += shut
+    return made
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("opens", [False, True])
+def test_thoughts_in_a_completion_stand_apart_as_with_a_local_model(opens, special):
+    with FaultServer(thinker(opens, special)) as server:
+        lm = endpoint(server)
+        server.choice = {"text": ("" if opens else "<think>") + "Is it safe?</think>\n\nSure."}
+        [[reply]] = lm.thinking().sample(asks(1), max_new_tokens=9)
+        assert (reply.text, reply.thoughts) == ("Sure.", "Is it safe?")
+        server.choice = {"text": ("" if opens else "<think>") + "Is it", "finish_reason": "length"}
+        [[reply]] = lm.thinking().sample(asks(1), max_new_tokens=9)
+        assert (reply.text, reply.thoughts, reply.flags) == ("", "Is it", ("empty", "truncated"))
+        server.choice = {"text": "Sure."}
+        [[reply]] = lm.sample(asks(1), max_new_tokens=9)
+        assert (reply.text, reply.thoughts) == ("Sure.", "")
+        assert {body.get("skip_special_tokens") for body in posts(server)} == {False if special else None}
+        assert (lm.thinking().encode(asks(1)[0]) != lm.encode(asks(1)[0])) is opens, "what its header says"
+        assert lm.thinking().digest != lm.digest
+
+
+@pytest.mark.parametrize("owner, asked_for", [("vllm", True), ("sglang", True), ("faults", False)])
+def test_a_chat_thinks_where_it_is_told_to(owner, asked_for):
+    with FaultServer(tokenizer(), owner) as server:
+        lm = endpoint(server, chat=True)
+        for view in (lm, lm.thinking(), lm.with_adapter("sl")):
+            view.sample(asks(1), max_new_tokens=4)
+        switches = [body.get("chat_template_kwargs", {}).get("enable_thinking") for body in posts(server)]
+        assert switches == ([False, True, False] if asked_for else [None] * 3)
+        endpoint(server, chat=True, extra={"chat_template_kwargs": None}).sample(asks(1), max_new_tokens=4)
+        assert "chat_template_kwargs" not in posts(server)[-1]
+
+
 # vLLM, recorded and real
 
 
