@@ -923,6 +923,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'cai_nb.core.shapes.ChainRow': ('core/shapes.html#chainrow', 'cai_nb/core/shapes.py'),
                                     'cai_nb.core.shapes.CritiqueStep': ('core/shapes.html#critiquestep', 'cai_nb/core/shapes.py'),
                                     'cai_nb.core.shapes.DrawRow': ('core/shapes.html#drawrow', 'cai_nb/core/shapes.py'),
+                                    'cai_nb.core.shapes.EloRow': ('core/shapes.html#elorow', 'cai_nb/core/shapes.py'),
                                     'cai_nb.core.shapes.LabelRow': ('core/shapes.html#labelrow', 'cai_nb/core/shapes.py'),
                                     'cai_nb.core.shapes.LogRow': ('core/shapes.html#logrow', 'cai_nb/core/shapes.py'),
                                     'cai_nb.core.shapes.MadeFrom': ('core/shapes.html#madefrom', 'cai_nb/core/shapes.py'),
