@@ -157,6 +157,7 @@ def read_prompts(
     seed: int = 0,  # of the draw
     split: str | None = None,  # "train" or "eval"; None for both
     eval_fraction: float = 0.1,  # share held out
+    unfit=None,  # `unfit(messages) -> str | None`: why a conversation cannot be put to a model
 ) -> tuple[list[dict], PromptReport]:  # rows {id, messages, kind, split, source}, and the fate of every row
     "Prompts, each a conversation that ends with a user's turn, and what became of each row of the source."
     _check_split(split)
@@ -170,16 +171,16 @@ def read_prompts(
             fates.add(place, str(reason), record)
             continue
         said = record.get("kind")  # other houses mean other things by this name
-        new = []
+        new, refused = [], unfit and next(filter(None, map(unfit, found)), None)
         for messages in found:
             row = {"id": row_id(messages), "messages": messages, "kind": said if said in _KINDS else kind,
                    "split": _side(record, messages, place, eval_fraction), "source": place}
-            if row["id"] not in seen:
+            if row["id"] not in seen and not (unfit and unfit(messages)):
                 seen.add(row["id"])
                 new.append(row)
         mine = [row for row in new if split in (None, row["split"])]
         rows += mine
-        why = "without a user's turn" if not found else "twice" if not new else f"not {split}"
+        why = "without a user's turn" if not found else (refused or "twice") if not new else f"not {split}"
         fates.add(place, None if mine else why, record)
     return _drawn(source, rows, [row["source"] for row in rows], fates, limit, seed)
 
@@ -226,6 +227,7 @@ def read_comparisons(
     seed: int = 0,  # of the draw
     split: str | None = "train",  # or "eval"; None for both
     eval_fraction: float = 0.1,  # share held out, as for the prompts
+    unfit=None,  # as for `read_prompts`
 ) -> tuple[list[dict], PromptReport]:  # rows {id, messages, chosen, rejected, split}, and the fate of every row
     "Pairs of replies to one conversation, the better one first, and what became of each row of the source."
     _check_split(split)
@@ -234,7 +236,9 @@ def read_comparisons(
         row = reason = _compared(record, place)
         if isinstance(row, dict):
             row["split"] = _side(record, row["messages"], place, eval_fraction)
-            reason = "twice" if row["id"] in seen else None if split in (None, row["split"]) else f"not {split}"
+            refused = unfit and unfit([*row["messages"], {"role": "assistant", "content": row["chosen"]}])
+            twice = "twice" if row["id"] in seen else None
+            reason = refused or twice or (None if split in (None, row["split"]) else f"not {split}")
             seen.add(row["id"])
         fates.add(place, reason, record)
         if reason is None:

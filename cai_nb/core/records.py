@@ -22,6 +22,7 @@ __all__ = ['read_records']
 # %% ../../nbs/core/04_records.ipynb #fab74131
 _LONGEST = 2**25  # bytes of a line, of a field
 _LARGEST = 2**30  # bytes of a .json file, which is read whole
+_MOST = 2**32  # bytes of all lines, unpacked
 _PACKED = {".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -43,11 +44,13 @@ def _decoded(line: bytes, place: str, first: bool) -> str:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     "Number and text of every line; one line is what `\\n` ends."
-    number = 0
+    number = size = 0
     try:
         with _PACKED.get(path.suffix.lower(), open)(path, "rb") as f:
             while line := f.readline(_LONGEST + 1):
-                number += 1
+                number, size = number + 1, size + len(line)
+                if size > _MOST:
+                    raise CaiError(f"{path}:{number}: more than {_MOST >> 30} GiB so far; give parts of it")
                 if len(line) > _LONGEST:
                     raise CaiError(f"{path}:{number}: a line of more than {_LONGEST >> 20} MiB; "
                                    "expected one record a line")
@@ -72,6 +75,12 @@ def _json_line_records(lines: Iterator[tuple[int, str]], path: Path) -> Iterator
         record = _parsed(line)
         if not isinstance(record, dict):
             raise CaiError(f"{path}:{number}: not a JSON object ({line.strip()[:40]!r}); repair or remove the line")
+        if "\\ud" in line.lower():  # an escape of a surrogate; two of them are one letter
+            try:
+                json.dumps(record, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise CaiError(f"{path}:{number}: half a character (a surrogate such as \\ud800 alone), which no model "
+                               "reads; repair or remove the line") from None
         yield number, record
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Share', 'Number', 'Count', 'SHAPES', 'Message', 'PromptRow', 'CritiqueStep', 'ChainRow', 'ReplyRow', 'PairRow',
            'Vote', 'LabelRow', 'DrawRow', 'SampleRow', 'SuiteRow', 'LogRow', 'StageEntry', 'MadeFrom', 'ManifestFile',
-           'Rate', 'Snapshot', 'MetricsFile', 'TrainingFile', 'AdapterConfig', 'Wanted', 'NoteFile', 'shape_of',
-           'shape_fault', 'fitted', 'read_checked', 'read_checked_lines']
+           'Rate', 'Snapshot', 'EloRow', 'MetricsFile', 'TrainingFile', 'AdapterConfig', 'Wanted', 'NoteFile',
+           'shape_of', 'shape_fault', 'fitted', 'read_checked', 'read_checked_lines']
 
 # %% ../../nbs/core/03_shapes.ipynb #63fc9ffd
 import json
@@ -167,8 +167,8 @@ class ManifestFile(TypedDict):
 class Rate(TypedDict):
     "A share with its interval; null where nothing was counted."
     value: Share | None
-    low: NotRequired[Share | None]
-    high: NotRequired[Share | None]
+    low: Share | None
+    high: Share | None
     n: Count
 
 
@@ -179,6 +179,18 @@ class Snapshot(TypedDict):
     kinds: dict[str, dict[str, Rate]]
 
 
+class EloRow(TypedDict):
+    "A model's place among those that were compared; null where nothing is known, or the interval is open."
+    model: str
+    elo: Number | None
+    low: Number | None
+    high: Number | None
+    n: Count
+    wins: Number
+    both_bad: Count
+    note: str
+
+
 class MetricsFile(TypedDict, total=False):
     "eval/metrics.json: what a run came to."
     models: dict[str, dict[str, dict[str, Rate]]]
@@ -186,6 +198,7 @@ class MetricsFile(TypedDict, total=False):
     preference: dict[Literal["accuracy"], Rate]
     scores: dict[str, dict[str, Number]]
     snapshots: list[Snapshot]
+    elo: list[EloRow]
     suites: dict[str, dict[str, dict]]
     seconds: dict[str, Number]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from ..core.errors import CaiError
 from ..core.files import file_digest
 from ..core.shapes import read_checked
 from ..core.rows import row_id
@@ -48,7 +49,11 @@ def further_tables(
     if along := metrics.get("snapshots"):
         tables["Along RL training, on harmful prompts"] = _snapshot_rows(along)
     if suites := metrics.get("suites"):
-        tables["The paper's suites"] = suite_rows(suites)
+        try:
+            tables["The paper's suites"] = suite_rows(suites)
+        except (LookupError, TypeError, AttributeError) as error:  # what a suite counts is known to itself alone
+            raise CaiError(f"eval/metrics.json: suites are not what cai-nb eval writes ({error!r}); "
+                           "evaluate on them again: cai-nb eval RUN --suite NAME=PATH") from None
     return tables
 
 
@@ -128,9 +133,8 @@ def _agreement(metrics: dict, opened: Records) -> str:
 
 def _training(metrics: dict, opened: Records) -> str:
     found = read_checked(opened.run.file("rl/metrics.json"), missing={})
-    if "reward_last" not in found:
-        return ""
-    return f"The mean reward goes from {found['reward_first']:.2f} to {found['reward_last']:.2f}."
+    first, last = found.get("reward_first"), found.get("reward_last")
+    return "" if None in (first, last) else f"The mean reward goes from {first:.2f} to {last:.2f}."
 
 
 _SEEN = {"outcomes": _outcomes, "revisions": _revisions, "calibration": _agreement, "training": _training}

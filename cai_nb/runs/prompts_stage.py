@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import cycle, islice
 
 from ..core.errors import CaiError
@@ -13,12 +14,12 @@ from ..core.files import write_safely
 from ..core.rows import row_lines
 from ..core.settings import setting
 from .folder import Run, say
-from .roles import lm_of
+from .roles import lm_of, role_name
 from .stage import RowKind, Stage
 
 # %% auto #0
 __all__ = ['EVAL_SETS', 'TRAIN_SETS', 'PROMPTS', 'world_prompts', 'training_prompts', 'PromptsSettings', 'HelpfulnessSettings',
-           'prompt_source', 'comparison_source', 'sources_of', 'check_no_overlap']
+           'template_refusal', 'prompt_source', 'comparison_source', 'sources_of', 'check_no_overlap']
 
 # %% ../../nbs/runs/03_prompts_stage.ipynb #157990ce
 EVAL_SETS = (
@@ -82,6 +83,44 @@ class HelpfulnessSettings:
 
 _KINDS = {"harmful": "prompts", "helpful": "helpfulness"}  # kind of a prompt → section of the recipe
 
+# %% ../../nbs/runs/03_prompts_stage.ipynb #5c0fb6c2
+def _tokenizers(run: Run) -> list:
+    "Those of the models that prompts are put to, as far as they are within reach."
+    from cai_nb.core.dialogue import ensure_chat_template
+    from cai_nb.core.model_files import gguf_of
+    from cai_nb.lm.model import model_source
+    from transformers import AutoTokenizer
+
+    found = []
+    for name in dict.fromkeys(role_name(run, role) for role in ("base", "helpful")):
+        try:
+            source = model_source(name)
+            if not gguf_of(source):
+                found.append(ensure_chat_template(AutoTokenizer.from_pretrained(source, trust_remote_code=False)))
+        except (OSError, ValueError, CaiError):  # a run says so itself before its first stage
+            continue
+    return found
+
+
+def template_refusal(
+    run: Run,
+):  # `refusal(messages) -> str | None`: why; it loads tokenizers when it is first asked
+    "Whether the chat templates of a run take a conversation."
+    from cai_nb.core.dialogue import encode_conversation
+
+    tokenizers = cache(lambda: _tokenizers(run))
+
+    @cache
+    def of_roles(roles: tuple[str, ...]) -> str | None:
+        for tokenizer in tokenizers():
+            try:
+                encode_conversation(tokenizer, [{"role": role, "content": "a"} for role in roles], roles[-1] == "user")
+            except CaiError as error:
+                words = str(error.__cause__ or f"it leaves out a message of {', '.join(dict.fromkeys(roles))}")
+                return f"that a chat template refuses ({(words.splitlines() or [''])[0][:80]})"
+        return None
+    return lambda messages: of_roles(tuple(m["role"] for m in messages)) if messages else None
+
 # %% ../../nbs/runs/03_prompts_stage.ipynb #6d491a6a
 def _fate(report) -> dict:
     "What became of the rows of a source, for the manifest; it is said as well."
@@ -95,6 +134,7 @@ def prompt_source(
     kind: str,  # "harmful" or "helpful"
     seed: int,
     find=str,  # where a name is found: `Run.source`
+    unfit=None,  # as for `read_prompts`: `template_refusal`
 ) -> tuple[list[dict], dict]:  # rows, and what became of each row that was read
     "Prompts of one kind from the recipe's source."
     if section.path is None:
@@ -103,7 +143,7 @@ def prompt_source(
         return training_prompts(kind, section.limit, seed), {}
     from cai_nb.core.prompts import read_prompts
 
-    rows, report = read_prompts(find(section.path), section.limit, kind, section.every_turn, seed)
+    rows, report = read_prompts(find(section.path), section.limit, kind, section.every_turn, seed, unfit=unfit)
     return rows, _fate(report)
 
 
@@ -111,6 +151,7 @@ def comparison_source(
     section: HelpfulnessSettings,
     seed: int,
     find=str,  # where a name is found: `Run.source`
+    unfit=None,  # as for `read_prompts`: `template_refusal`
 ) -> tuple[list[dict], dict]:  # rows {id, messages, chosen, rejected}, and what became of each row that was read
     "Helpfulness comparisons to train on, from the recipe's source (paper §4.2: by people)."
     if section.comparisons is None:
@@ -121,7 +162,7 @@ def comparison_source(
         return helpful_comparisons(section.comparisons_limit, seed), {}
     from cai_nb.core.prompts import read_comparisons
 
-    rows, report = read_comparisons(find(section.comparisons), limit=section.comparisons_limit)
+    rows, report = read_comparisons(find(section.comparisons), limit=section.comparisons_limit, unfit=unfit)
     return rows, _fate(report)
 
 
@@ -131,7 +172,8 @@ def sources_of(
     "The prompts of both kinds, as the recipe's sources give them."
     sections = {"harmful": run.settings(PromptsSettings, "prompts"),
                 "helpful": run.settings(HelpfulnessSettings, "helpfulness")}
-    return {kind: prompt_source(section, kind, run.recipe["seed"], run.source) for kind, section in sections.items()}
+    seed, unfit = run.recipe["seed"], template_refusal(run)
+    return {kind: prompt_source(section, kind, seed, run.source, unfit) for kind, section in sections.items()}
 
 # %% ../../nbs/runs/03_prompts_stage.ipynb #c5c818d1
 def check_no_overlap(
@@ -194,7 +236,8 @@ def _check_enough(run: Run, counts: dict) -> None:
     "Raise if a source that the recipe names gives nothing to train on: now, and not after the hours of another stage."
     found = {"prompts.path": ("red-team prompt", counts["harmful_train"], counts.get("read_harmful")),
              "helpfulness.path": ("helpfulness prompt", counts["helpful_train"], counts.get("read_helpful"))}
-    rows, fate = comparison_source(run.settings(HelpfulnessSettings, "helpfulness"), run.recipe["seed"], run.source)
+    rows, fate = comparison_source(run.settings(HelpfulnessSettings, "helpfulness"), run.recipe["seed"], run.source,
+                                   template_refusal(run))
     found["helpfulness.comparisons"] = "comparison", len(rows), fate
     if fate:
         counts["read_comparisons"] = fate

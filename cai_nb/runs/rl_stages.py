@@ -11,7 +11,7 @@ from ..core.errors import CaiError
 from ..core.settings import setting
 from ..method.comparison import COMPARISON_LAYOUTS
 from .folder import Run, say
-from .prompts_stage import HelpfulnessSettings, comparison_source
+from .prompts_stage import HelpfulnessSettings, comparison_source, template_refusal
 from .roles import adapted, base_of, flag_of, lm_of, say_read
 from .sl_stages import chosen, facts
 from .stage import Amounts, Role, RowKind, Stage, Work, left_out, metrics_of, share
@@ -146,7 +146,8 @@ def comparisons_of(
     from cai_nb.core.prompts import without_prompts
 
     held_out = [row for row in prompts if row["split"] == "eval"]
-    rows, _ = comparison_source(run.settings(HelpfulnessSettings, "helpfulness"), run.recipe["seed"], run.source)
+    rows, _ = comparison_source(run.settings(HelpfulnessSettings, "helpfulness"), run.recipe["seed"], run.source,
+                                template_refusal(run))
     return without_prompts(rows, held_out)
 
 

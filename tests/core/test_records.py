@@ -112,3 +112,19 @@ def test_the_tilde_is_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("Why?\n")
     assert records("~/a.txt") == [{"prompt": "Why?"}]
+
+
+def test_half_a_character_is_named_and_a_whole_one_is_read(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "\\ud83d\\ude00"}\n{"prompt": "a \\uD800 b"}\n')
+    rows = read_records(tmp_path / "a.jsonl")
+    assert next(rows)[1] == {"prompt": "\U0001f600"}
+    with pytest.raises(CaiError, match="a.jsonl:2: half a character"):
+        next(rows)
+
+
+def test_what_unpacks_without_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("cai_nb.core.records._MOST", 2**16)
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb") as f:
+        f.write(b'{"prompt": "x"}\n' * 10_000)
+    with pytest.raises(CaiError, match="a.jsonl.gz:4097: more than 0 GiB so far"):
+        list(read_records(tmp_path / "a.jsonl.gz"))

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from cai_nb.core.constitution import Constitution
 from cai_nb.core.errors import CaiError
 from cai_nb.core.rows import RowFile
+from cai_nb.lm.model import model_source
 from cai_nb.runs.pipeline import run_recipe
 from cai_nb.runs.plan import plan_recipe
 from cai_nb.runs.prompts_stage import PROMPTS
@@ -163,6 +165,32 @@ def test_a_source_without_any_row_to_train_on_is_said_at_once(own, tmp_path, row
     path = own(HEAD + "helpfulness: {path: compared.jsonl, comparisons: compared.jsonl}\n")
     with pytest.raises(CaiError, match=said):
         PROMPTS.run(open_run(path, tmp_path / "run"))
+
+
+GEMMA = """{% for m in messages %}
+{%- if m.role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{%- set user = loop.index0 % 2 == 0 %}
+{%- if (m.role == 'user') != user %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}
+{{- m.role + ': ' + m.content + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"""
+
+
+def test_what_the_template_refuses_is_known_when_prompts_are_read(own, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(model_source("mini"))
+    tokenizer.chat_template = GEMMA
+    tokenizer.save_pretrained(tmp_path / "strict")
+    (tmp_path / "strict" / "config.json").write_bytes((Path(model_source("mini")) / "config.json").read_bytes())
+    user, system = {"role": "user", "content": "How do I tie a bow?"}, {"role": "system", "content": "Be brief."}
+    odd = [{"messages": [system, user]}, {"messages": [{"role": "assistant", "content": "Hello."}, user]}]
+    lines(tmp_path / "own" / "asked.jsonl", [*asked(20), *odd])
+    lines(tmp_path / "own" / "compared.jsonl", [*compared(20), {"system": "Be brief.", **compared(1)[0]}])
+    head = HEAD.replace("someone/model", str(tmp_path / "strict"))
+    run = open_run(own(head + "helpfulness: {path: asked.jsonl, comparisons: compared.jsonl}\n"), tmp_path / "run")
+    counts = PROMPTS.run(run)
+    system, order = "System role not supported", "Conversation roles must alternate"
+    assert counts["read_helpful"]["skipped"] == {f"that a chat template refuses ({why})": 1 for why in (system, order)}
+    assert counts["read_comparisons"]["skipped"][f"that a chat template refuses ({system})"] == 1
+    assert not any(m["role"] == "system" for row in comparisons_of(run, [])[0] for m in row["messages"])
+    assert f"1 that a chat template refuses ({order})" in capsys.readouterr().err
 
 
 def test_every_fate_is_said_and_kept(own, tmp_path, capsys):
