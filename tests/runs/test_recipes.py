@@ -65,9 +65,10 @@ def test_a_recipe_fits_its_card_and_its_trainers(name, tmp_path):
     assert memory_of(Sizes.of(config_of(name)), recipe, 300, 250)["peak"] < 0.75 * recipe["card"]["memory"]
     model, _ = tiny_model()
     for stage in ("sl", "preference", "rl"):
-        (config,) = next(found for found in STAGES if found.name == stage).settings().values()
-        args = config(seed=0, **recipe[stage]).trainer(tmp_path, model)
-        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == recipe[stage]["batch_size"]
+        for section, config in next(found for found in STAGES if found.name == stage).settings().items():
+            args = config(seed=0, **recipe[section]).trainer(tmp_path, model)
+            rows = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            assert rows == recipe[section]["batch_size"]
     assert recipe["quantization"] == "nf4" and recipe["base"] != recipe["helpful"]
 
 
