@@ -96,7 +96,7 @@ def nucleus_of(
     "What the recipe says of sampling."
     from cai_nb.lm.decoding import Nucleus
 
-    found = Nucleus(**run.recipe["sampling"])
+    found = Nucleus(**run.recipe.get("sampling", {}))
     return None if found == Nucleus() else found
 
 # %% ../../nbs/runs/01_roles.ipynb #3aa463e9
