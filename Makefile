@@ -71,9 +71,10 @@ gpu-wheels:
 		trl bitsandbytes datasets dill multiprocess xxhash fastcore typer shellingham rich
 	du -sh .gpu-wheels
 
-# Every architecture through every stage, on tiny random models; some minutes
+# Every architecture through every stage, on tiny random models, and every chat template of TRL; some minutes
 matrix: .venv/.ready-dev
 	$(BIN)/python benchmarks/architectures.py
+	$(BIN)/python benchmarks/templates.py
 
 # The thresholds of the mini recipe over three seeds, about a quarter of an hour
 reach: .venv/.ready

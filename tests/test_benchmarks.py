@@ -89,3 +89,14 @@ def test_the_check_of_a_gpu_runs_end_to_end(root, tmp_path):
         "machine", "greedy", "one_base", "chains", "labels", "training", "rl_memory"], done.stdout + done.stderr[-2000:]
     assert all(row["good"] for row in rows), done.stdout
     assert rows[1]["same"] == rows[1]["rows"] and rows[5]["trl_sft_step_s"] > 0 and rows[6]["peak_gib"] > 0
+
+
+def test_the_table_of_templates_is_of_all_that_trl_ships(root):
+    module = script(root, "templates")
+    stored, found = module.OUT.read_text(encoding="utf-8").splitlines(), module.templates()
+    rows = {line.split("|")[1].strip(): line for line in stored if line.startswith("| ") and line.count("|") > 6}
+    rows.pop("", None)
+    assert set(rows) == set(found), "run: make matrix"
+    for name in ("qwen3", "llama3_2", "gemma"):  # these are checked anew, all by the script
+        assert module.row(name, found[name]) == rows[name], "run: make matrix"
+    assert "**" not in "".join(rows.values()), "a check failed"
