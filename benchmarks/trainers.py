@@ -186,7 +186,7 @@ def weights(trainer):
     parameters = [*trainer.model.parameters()]
     for reward in getattr(trainer, "reward_funcs", ()):
         held = [reward] if isinstance(reward, torch.nn.Module) else [cell.cell_contents for cell in reward.__closure__]
-        for judge in held:
+        for judge in (found for found in held if isinstance(found, (torch.nn.Module, PreferenceModel))):
             parameters += (
                 [*judge.model.parameters(), judge.head] if isinstance(judge, PreferenceModel) else judge.parameters()
             )

@@ -214,7 +214,9 @@ class Guard:
         if session is None: return await self.app(scope, receive, send)
         if session not in queue.pending_messages_per_session: raise Refusal(404, "No such answer waits here.")
         try: await self.app(scope, receive, send)
-        finally: _forget(queue, session)
+        finally:
+            _forget(queue, session)  # and once more: Gradio may note the end a moment after its stream has ended
+            asyncio.get_running_loop().call_later(1.0, _forget, queue, session)
 
     async def _log_in(self, scope, receive, send):
         "A password is tried."

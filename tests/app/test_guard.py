@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -297,7 +298,9 @@ def test_nothing_is_kept_of_callers():
     with served(max_new_tokens=2) as (url, _, demo, _):
         for i in range(20):
             assert list(events(url, "compare", post(url, "compare", ASK, i, 1, None).json()["event_id"]))
-        queue = demo._queue
+        queue, last = demo._queue, time.monotonic() + 10  # the stream's end is seen here before it is seen there
+        while (queue.pending_event_ids_session or queue.pending_messages_per_session) and time.monotonic() < last:
+            time.sleep(0.05)
         assert not queue.pending_event_ids_session and not queue.pending_messages_per_session
         assert not queue.event_ids_to_events and queue.ANALYTICS_MAX_EVENTS <= 128
 

@@ -214,7 +214,8 @@ def test_the_export_is_what_the_preference_stage_reads(tmp_path):
     rows, out = export_rows(votes.rows(), "helpful")
     assert out == {"tie": 0, "both bad": 1, "empty answer": 1} and {r["about"] for r in rows} == {"helpful"}
     (tmp_path / "arena.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    recipe = {"seed": 0, "helpfulness": vars(HelpfulnessSettings(comparisons=str(tmp_path / "arena.jsonl")))}
+    asked = vars(HelpfulnessSettings(comparisons=str(tmp_path / "arena.jsonl")))
+    recipe = {"seed": 0, "base": "mini", "helpful": None, "helpfulness": asked}
     comparisons, _ = comparisons_of(Run(tmp_path, recipe), [])
     read = preference_rows([], [], [], comparisons)
     assert [

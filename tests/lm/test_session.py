@@ -81,10 +81,9 @@ class Plain:
                 pad_token_id=0,
             )[0, ids.shape[1] :].tolist()
         done = bool(out) and out[-1] in stops
-        text = t.decode(out, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
-        return Reply(
-            text, done, flag_reply(text, done) + (("prompt_cut",) if ids.shape[1] == room else ()), len(out) - done
-        )
+        [(text, thoughts)] = self.lm._texts([out])  # what is compared is tokens; they are read as texts in one way
+        flags = flag_reply(text, done) + (("prompt_cut",) if ids.shape[1] == room else ())
+        return Reply(text, done, flags, len(out) - done, thoughts)
 
     def choice_logprobs(self, contexts, choices):
         rows = []
