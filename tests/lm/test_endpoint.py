@@ -390,7 +390,7 @@ def test_nothing_is_left_behind(server, recwarn):
         gc.collect()
         return random.getstate() == state
 
-    assert any(luck_is_left_alone() for _ in range(3)), "threads of other tests may draw from it, too, but not each time"
+    assert any(luck_is_left_alone() for _ in range(3)), "other threads may draw from it, but not each time"
     assert not [w for w in recwarn if "never awaited" in str(w.message) or "unclosed" in str(w.message)]
     time.sleep(0.3)
     assert not [t for t in threading.enumerate() if t.name.startswith("ThreadPool")]
