@@ -106,8 +106,8 @@ def row(name: str, template: str) -> str:
 
 
 def main() -> None:
-    head = ["# Templates and checks", "", "Made by `python benchmarks/templates.py`, where the columns are explained, on the "
-            f"templates of TRL {trl.__version__}.", "",
+    head = ["# Templates and checks", "", "Made by `python benchmarks/templates.py`, where the columns are explained, "
+            f"on the templates of TRL {trl.__version__}.", "",
             "| | learnt | thinking off | system | forged, tokens | forged, words | ends a reply |",
             "|---|---|---|---|---|---|---|"]
     OUT.write_text("\n".join([*head, *(row(*found) for found in templates().items()), ""]), encoding="utf-8")
