@@ -289,7 +289,8 @@ def test_options_is_written_once_however_the_principle_was_imported():
 
 
 def test_unknown_layout_is_named():
-    with pytest.raises(CaiError, match="layout: found 'xml', expected one of 'paper', 'principle_last', 'chat_plain', 'qu"):
+    told = "layout: found 'xml', expected one of 'paper', 'principle_last', 'chat_plain', 'quoted'"
+    with pytest.raises(CaiError, match=told):
         comparison_context(TALK, ["No.", "Yes."], PRINCIPLE, "xml")
 
 
