@@ -383,6 +383,9 @@ def test_nothing_is_left_behind(server, recwarn):
     import gc
     import random
 
+    gc.collect()  # what other tests of this process left is theirs
+    recwarn.clear()
+
     def luck_is_left_alone():
         state = random.getstate()
         server.faults[:] = ["503", "cut", "slow"]
