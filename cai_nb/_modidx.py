@@ -1679,6 +1679,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'cai_nb/method/preference.py'),
                                           'cai_nb.method.preference.preference_rows': ( 'method/preference.html#preference_rows',
                                                                                         'cai_nb/method/preference.py'),
+                                          'cai_nb.method.preference.soft_collator': ( 'method/preference.html#soft_collator',
+                                                                                      'cai_nb/method/preference.py'),
                                           'cai_nb.method.preference.soft_loss': ( 'method/preference.html#soft_loss',
                                                                                   'cai_nb/method/preference.py'),
                                           'cai_nb.method.preference.split_rows': ( 'method/preference.html#split_rows',

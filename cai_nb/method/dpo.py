@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from ..core.dialogue import encode_conversation
+from ..core.dialogue import encode_answer
 from ..core.adapters import check_adapter_folder
 from ..core.errors import CaiError
 from ..core.settings import setting
 from ..lm.model import check_adapter
-from .preference import soft_loss
+from .preference import soft_collator, soft_loss
 from ..train.checkpoint import SafeCheckpoints
 from cai_nb.train.trainers import (
     SCHEDULES, borrowed, finish_training, finished_training, fit_adapter, model_card, run_key, stage_settings,
@@ -42,15 +42,12 @@ def encode_replies(
     row: dict,  # of `preference_rows`
 ) -> dict:  # {"prompt_ids", "chosen_ids", "rejected_ids", "p"}
     "Tokens of the prompt up to where the assistant speaks, and of both replies to the end of the turn."
-    prompt = encode_conversation(tokenizer, row["prompt"])
-    found = {"prompt_ids": prompt, "p": float(row["p"])}
-    for side in ("chosen", "rejected"):
-        whole = encode_conversation(tokenizer, row["prompt"] + row[side], add_generation_prompt=False)
-        if whole[: len(prompt)] != prompt:
-            raise CaiError("dpo: the template writes another prompt in front of a reply than it asks with, so what is "
-                           "trained would not be what is sampled; use rl.algorithm: grpo, or another template")
-        found[f"{side}_ids"] = whole[len(prompt):]
-    return found
+    (prompt, chosen), (other, rejected) = (encode_answer(tokenizer, row["prompt"] + row[side])
+                                           for side in ("chosen", "rejected"))
+    if prompt != other:
+        raise CaiError("dpo: the template writes the prompt differently before either reply, so they cannot be "
+                       "compared; use rl.algorithm: grpo, or another template")
+    return {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "p": float(row["p"])}
 
 # %% ../../nbs/method/07_dpo.ipynb #91c594c3
 def _soft_dpo_trainer():
@@ -60,16 +57,10 @@ def _soft_dpo_trainer():
     from trl.trainer.dpo_trainer import DataCollatorForPreference
     from trl.trainer.utils import use_adapter
 
-    class SoftCollator(DataCollatorForPreference):
-        "Pads a batch, chosen first, then rejected, and carries the probabilities along."
-
-        def torch_call(self, examples):
-            return {**super().torch_call(examples), "p": torch.tensor([example["p"] for example in examples])}
-
     class SoftDPOTrainer(SafeCheckpoints, DPOTrainer):
         "DPOTrainer with the loss of soft labels, on rows that are tokens already."
 
-        collator = SoftCollator
+        collator = soft_collator(DataCollatorForPreference)
 
         def _prepare_dataset(self, dataset, *args, **kwargs):
             return dataset
