@@ -7,7 +7,7 @@ from cai_nb.core.dialogue import encode_conversation
 from cai_nb.method.dpo import encode_replies
 
 
-@pytest.mark.parametrize("name", ["qwen3", "llama3", "gptoss"])
+@pytest.mark.parametrize("name", ["qwen3", "llama3", "gptoss", "glm4moe"])
 def test_both_replies_follow_the_very_tokens_that_are_asked_with(root, name):
     spec = importlib.util.spec_from_file_location("templates", root / "benchmarks" / "templates.py")
     templates = importlib.util.module_from_spec(spec)
