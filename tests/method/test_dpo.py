@@ -18,5 +18,5 @@ def test_both_replies_follow_the_very_tokens_that_are_asked_with(root, name):
            "rejected": [{"role": "assistant", "content": "no"}], "p": 0.7}
     found = encode_replies(tokenizer, row)
     assert found["prompt_ids"] == encode_conversation(tokenizer, asked)
-    chosen, rejected = (tokenizer.decode(found[f"{side}_ids"]) for side in ("chosen", "rejected"))
+    chosen, rejected = (tokenizer.decode(found[f"{side}_ids"]).strip() for side in ("chosen", "rejected"))
     assert chosen.startswith("fold it once<|") and rejected.startswith("no<|")
