@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core.dialogue import parse_transcript
+from ..core.transcripts import parse_transcript
 from ..core.errors import CaiError
 from ..core.files import read_json
 from ..core.records import read_records

@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..core.dialogue import format_transcript
+from ..core.transcripts import format_transcript
 from ..core.errors import CaiError
 
 # %% ../../nbs/method/03_comparison.ipynb #9f6ad47a

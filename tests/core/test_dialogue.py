@@ -8,10 +8,10 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from cai_nb.core.dialogue import (
-    assistant_header, encode_answer, encode_conversation, encode_text, ensure_chat_template, format_transcript,
-    parse_transcript, stop_texts, stop_token_ids,
+    assistant_header, encode_answer, encode_conversation, encode_text, ensure_chat_template, stop_texts, stop_token_ids,
 )
 from cai_nb.core.errors import CaiError
+from cai_nb.core.transcripts import format_transcript, parse_transcript
 
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cai_nb.app.models import load_models
-from cai_nb.core.dialogue import parse_transcript
+from cai_nb.core.transcripts import parse_transcript
 from cai_nb.mini import border
 from cai_nb.mini.world import DIALOGUES, KINDS_OF_PROMPT, prompts
 
